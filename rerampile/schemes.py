@@ -1,0 +1,304 @@
+"""How a weight becomes cells, and back: the mapping schemes.
+
+A weight is read as a difference ``w = gain * (P - N)``. ``P`` is the value of its + cell; ``N`` is the value of its
+- cell, or, for ``offset``, a constant reference that is subtracted digitally. With the normalised weight ``u`` in
+[-1, 1] and the normalised conductance ``g = (G - G_off) / (G_on - G_off)`` in [0, 1] (Yuan et al. 2021):
+
+=============  ==========================  ==========================  ==========
+scheme         + cell                      - cell                      zero holds
+=============  ==========================  ==========================  ==========
+two_column     max(u, 0)                   max(-u, 0)                  (off, off)
+differential   1 - max(-u, 0)              1 - max(u, 0)               (on, on)
+balanced       (1 + u) / 2                 (1 - u) / 2                 (mid, mid)
+offset         (1 + u) / 2                 none: reference 1/2         mid
+=============  ==========================  ==========================  ==========
+
+Analog cells hold siemens. Discrete cells hold level codes; a weight may be sliced over several cells, least significant
+slice first, so that slice ``k`` counts ``levels**k``. With levels uniform in G all arithmetic is on integers: the
+difference ``P - N`` is rounded once, to a whole number of steps, and decodes exactly. With a measured level table each
+cell takes the nearest of the values that the table can form. A zero weight decodes to exactly zero in every scheme.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["SCHEMES", "Coding"]
+
+SCHEMES = ("two_column", "differential", "offset", "balanced")
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+_CHUNK = 1 << 16  # weights handled at a time: a chunk and its temporaries stay in the second-level cache
+_TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """The coding of one layer's weights into cells.
+
+    Attributes:
+        scheme: One of :data:`SCHEMES`.
+        g_off: Lowest programmable conductance, siemens.
+        g_on: Highest programmable conductance, siemens.
+        levels: Number of discrete levels of a cell, or None for analog cells.
+        level_table: Measured conductance of each level in siemens, ascending; None where levels are uniform in G.
+        slices: Cells a weight is sliced over (times two for a pair); more than one needs discrete levels.
+    """
+
+    scheme: str
+    g_off: float
+    g_on: float
+    levels: int | None = None
+    level_table: tuple[float, ...] | None = None
+    slices: int = 1
+
+    @property
+    def cells(self) -> int:
+        """Cells a weight takes in one slice: 2 for a pair, 1 for offset."""
+        return 1 if self.scheme == "offset" else 2
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What a cell is stored as: float32 siemens, or a level code of one or two bytes."""
+        if self.levels is None:
+            return np.dtype(np.float32)
+        return np.dtype(np.uint8 if self.levels <= 256 else np.uint16)
+
+    @property
+    def integer(self) -> bool:
+        """Whether differences are whole numbers of steps (levels uniform in G)."""
+        return self.levels is not None and self.level_table is None
+
+    @property
+    def unit(self) -> str:
+        """What one unit of a difference is, so what ``gain`` is weight units of."""
+        return "level" if self.integer else "S"
+
+    @property
+    def steps(self) -> int:
+        """Steps between the lowest and the highest value of all slices together (discrete levels only)."""
+        if self.levels is None:
+            raise ValueError("analog cells have no steps")
+        return int(self.levels**self.slices) - 1
+
+    @cached_property
+    def low(self) -> float:
+        """Smallest value that the + cell (all slices) can take, in units of the difference."""
+        return 0.0 if self.integer else float(np.float32(self.g_off))
+
+    @cached_property
+    def high(self) -> float:
+        """Largest value that the + cell (all slices) can take."""
+        return float(self.steps) if self.integer else float(np.float32(self.g_on))
+
+    @cached_property
+    def reference(self) -> float:
+        """The constant that ``offset`` subtracts: the representable value of a zero weight."""
+        if self.integer:
+            return float((self.steps + 1) // 2)
+        middle = (self.low + self.high) / 2
+        if self.level_table is None:
+            return float(np.float32(middle))
+        number = self._order[self._nearest(np.array([middle]))[0]]
+        levels = self.levels or 0
+        return float(self._value([np.array(number // levels**k % levels) for k in range(self.slices)]))
+
+    @property
+    def span(self) -> float:
+        """Largest difference that both signs can reach: the full scale of the weights maps here."""
+        if self.scheme == "offset":
+            return min(self.reference - self.low, self.high - self.reference)
+        return self.high - self.low
+
+    @property
+    def significances(self) -> tuple[float, ...]:
+        """Weight of each slice in a value, least significant first.
+
+        Uniform levels count in steps (1, L, L**2, ...); a measured table in siemens, with significances that sum to
+        one, so that all slices at ``g_on`` are worth ``g_on``.
+        """
+        if self.levels is None:
+            return (1.0,)
+        unit = 1.0 if self.integer else (self.levels - 1) / self.steps
+        return tuple(unit * self.levels**k for k in range(self.slices))
+
+    def gain(self, full_scale: Array) -> Floats:
+        """Return the gain, float32 [outputs]: weight units a unit of difference, zero scales read as one.
+
+        Args:
+            full_scale: Largest magnitude to represent in each output, [outputs].
+        """
+        safe = np.where(full_scale > 0, full_scale, 1.0).astype(np.float64)
+        return np.maximum(safe / self.span, np.finfo(np.float32).tiny).astype(np.float32)
+
+    def holds_integers(self, weights: Array) -> bool:
+        """Whether whole-numbered ``weights`` fit as they are, one step a unit, so that they are held exactly."""
+        if not self.integer or weights.size == 0:
+            return False
+        if self.scheme == "offset":
+            return bool(weights.min() >= self.low - self.reference and weights.max() <= self.high - self.reference)
+        return bool(max(-float(weights.min()), float(weights.max())) <= self.steps)
+
+    def encode(self, weights: Floats, gain: Floats) -> Array:
+        """Return the cells of ``weights`` as [slices, cells, outputs, inputs] in :attr:`dtype`.
+
+        Args:
+            weights: float32 [outputs, inputs], finite.
+            gain: float32 [outputs].
+        """
+        out = np.empty((self.slices, self.cells, *weights.shape), self.dtype)
+        encode = self._encode_analog if self.levels is None else self._encode_levels
+        for rows in _row_chunks(weights.shape):
+            encode(weights[rows] / gain[rows, None], out[:, :, rows])
+        return out
+
+    def decode(self, cells: Array, gain: Floats) -> Floats:
+        """Return the weights, float32 [outputs, inputs], that cells [slices, cells, outputs, inputs] hold."""
+        out = np.empty(cells.shape[2:], np.float32)
+        for rows in _row_chunks(out.shape):
+            np.multiply(self.difference(cells[:, :, rows]), gain[rows, None], out=out[rows])
+        return out
+
+    def difference(self, cells: Array) -> Floats:
+        """Return ``P - N`` of cells [slices, cells, ...] as float32 [...], in steps or siemens."""
+        if self.cells == 1:
+            return np.subtract(self._value(cells[:, 0]), np.float32(self.reference))
+        if self.slices == 1 and self.cell_values is None:
+            return np.subtract(cells[0, 0], cells[0, 1], dtype=np.float32)
+        return np.subtract(self._value(cells[:, 0]), self._value(cells[:, 1]))
+
+    def _value(self, slices: Iterable[Array]) -> Floats:
+        """Return the value that a + or - cell, sliced over [slices, ...], adds up to, float32 [...]."""
+        values = self.cell_values
+        parts = (
+            (code if values is None else values[code]) * np.float32(significance)
+            for significance, code in zip(self.significances, slices, strict=True)
+        )
+        return functools.reduce(np.add, parts).astype(np.float32, copy=False)
+
+    @cached_property
+    def cell_values(self) -> Floats | None:
+        """Value of each level code of one cell, float32 [levels]; None where the stored number is the value."""
+        return None if self.level_table is None else np.array(self.level_table, np.float32)
+
+    def conductance(self, cells: Array) -> Floats:
+        """Return the conductance in siemens, float32, of stored cells of any shape."""
+        if self.levels is None:
+            return cells.astype(np.float32)
+        if self.level_table is not None:
+            return np.array(self.level_table, np.float32)[cells]
+        return (self.g_off + cells * ((self.g_on - self.g_off) / (self.levels - 1))).astype(np.float32)
+
+    def error_bound(self, gain: Floats) -> npt.NDArray[np.float64]:
+        """Return the largest ``|decode(encode(w)) - w|`` of each output: float32 rounding, or half a level."""
+        rounding = 4 * float(np.finfo(np.float32).eps) * max(self.high, abs(self.reference))
+        half_level = 0.0
+        if self.integer:
+            half_level = 0.5
+        elif self.levels is not None:
+            half_level = float(np.diff(self._values).max()) / 2
+        return gain.astype(np.float64) * (half_level + rounding)
+
+    @cached_property
+    def zero_cells(self) -> Array:
+        """Cells of a zero weight, [slices, cells] in :attr:`dtype`."""
+        return self.encode(np.zeros((1, 1), np.float32), np.ones(1, np.float32))[:, :, 0, 0]
+
+    def _encode_analog(self, difference: Floats, out: Array) -> None:
+        """Write the pair of siemens of ``difference`` [rows, inputs] into ``out`` [1, cells, rows, inputs]."""
+        off, on = np.float32(self.low), np.float32(self.high)
+        plus, minus = out[0, 0], out[0, -1]
+        if self.scheme == "two_column":
+            np.maximum(difference, 0, out=plus)
+            np.subtract(plus, difference, out=minus)
+            out += off
+        elif self.scheme == "differential":
+            np.minimum(difference, 0, out=plus)
+            np.subtract(plus, difference, out=minus)
+            out += on
+        elif self.scheme == "balanced":
+            np.multiply(difference, np.float32(0.5), out=plus)
+            np.negative(plus, out=minus)
+            out += np.float32(self.reference)
+        else:
+            np.add(difference, np.float32(self.reference), out=plus)
+        np.clip(out, off, on, out=out)
+
+    def _encode_levels(self, difference: Floats, out: Array) -> None:
+        """Write the level codes of ``difference`` [rows, inputs] into ``out`` [slices, cells, rows, inputs]."""
+        if self.integer:
+            numbers = self._split_steps(np.rint(difference).astype(np.int32))
+        else:
+            numbers = tuple(self._order[self._nearest(part)] for part in self._split_values(difference))
+        levels = self.levels or 0
+        for cell, number in enumerate(numbers):
+            for k in range(self.slices):
+                out[k, cell] = number // levels**k % levels
+
+    def _split_steps(self, d: Array) -> tuple[Array, ...]:
+        """Split whole differences into whole + and - values (uniform levels)."""
+        n = self.steps
+        if self.scheme == "offset":
+            return (np.clip(d + int(self.reference), 0, n),)
+        d = np.clip(d, -n, n)
+        if self.scheme == "two_column":
+            return np.maximum(d, 0), np.maximum(-d, 0)
+        if self.scheme == "differential":
+            return n + np.minimum(d, 0), n - np.maximum(d, 0)
+        plus = (n + d) // 2
+        return plus, plus - d
+
+    def _split_values(self, difference: Floats) -> tuple[Array, ...]:
+        """Split differences in siemens into + and - targets, the second chosen against the first (measured table)."""
+        d = difference.astype(np.float64)
+        if self.scheme == "offset":
+            return (d + self.reference,)
+        if self.scheme == "two_column":
+            return self.low + np.maximum(d, 0), self.low + np.maximum(-d, 0)
+        if self.scheme == "differential":
+            return self.high + np.minimum(d, 0), self.high - np.maximum(d, 0)
+        small = self._values[self._nearest((self.low + self.high - np.abs(d)) / 2)]
+        large = small + np.abs(d)
+        return np.where(d >= 0, large, small), np.where(d >= 0, small, large)
+
+    @cached_property
+    def _combinations(self) -> npt.NDArray[np.float64]:
+        """Value of every combination of level codes of all slices (measured table), indexed by the whole number."""
+        if self.steps >= _TABLE_LIMIT:
+            raise ValueError(f"{self.steps + 1} combinations of measured levels, more than {_TABLE_LIMIT}")
+        table = np.array(self.level_table, np.float32).astype(np.float64)
+        numbers = np.arange(self.steps + 1)
+        levels = self.levels or 0
+        return sum(
+            (s * table[numbers // levels**k % levels] for k, s in enumerate(self.significances)),
+            start=np.zeros(len(numbers)),
+        )
+
+    @cached_property
+    def _order(self) -> npt.NDArray[np.int64]:
+        return np.argsort(self._combinations, kind="stable")
+
+    @cached_property
+    def _values(self) -> npt.NDArray[np.float64]:
+        return self._combinations[self._order]
+
+    def _nearest(self, target: Array) -> npt.NDArray[np.int64]:
+        """Return the position in :attr:`_values` nearest to each target."""
+        return np.searchsorted((self._values[1:] + self._values[:-1]) / 2, target).astype(np.int64)
+
+
+def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of rows that hold about :data:`_CHUNK` elements each."""
+    step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
