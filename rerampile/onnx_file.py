@@ -1,0 +1,308 @@
+"""Reading ONNX model files that may be large, damaged or hostile.
+
+Weights stay where they are until someone asks for them: tensors inside the file are read from the parsed message,
+external ones are memory-mapped from the model's own folder, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import google.protobuf.message
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.checker
+import onnx.inliner
+import onnx.version_converter
+from onnx import numpy_helper
+
+from rerampile.errors import ModelError, UnsupportedModelError
+
+__all__ = ["ModelFile", "copy_without", "external_entries", "file_sha256", "iter_graphs", "load_model_file"]
+
+_PROTOBUF_LIMIT = 2**31 - 1
+OLDEST_OPSET = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """An ONNX model as its user exported it, never written to.
+
+    Attributes:
+        proto: The parsed model; external tensors are not loaded. Model-local functions are inlined.
+        name: Name for messages and for the plan: the file's name, or the graph's where there is no file.
+        folder: Where external data may lie, or None for a model that came as an object.
+        sha256: Hash of the model file (of the serialised message where there is no file).
+        size: Bytes of the model file, external data included.
+        external: sha256 of each external data file, keyed by its location.
+        inlined_functions: How many model-local functions were inlined.
+        converted_from_opset: The operator set that the user's file imports, where it was too old and converted up.
+    """
+
+    proto: onnx.ModelProto = field(repr=False)
+    name: str
+    folder: Path | None
+    sha256: str
+    size: int
+    external: dict[str, str] = field(default_factory=dict)
+    inlined_functions: int = 0
+    converted_from_opset: int | None = None
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operator set that the model imports."""
+        return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+    def array(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+        """Return the values of ``tensor``, read-only where they lie in an external file."""
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        location, offset, length = external_entries(tensor, self.name)
+        if length == 0:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            return np.zeros(tuple(tensor.dims), dtype)
+        with _inside(self.folder, location, tensor, self.name).open("rb") as file:
+            start = offset - offset % mmap.ALLOCATIONGRANULARITY
+            view = mmap.mmap(file.fileno(), length + offset - start, access=mmap.ACCESS_READ, offset=start)
+        raw = np.frombuffer(view, np.uint8, length, offset - start)
+        if tensor.data_type in _PACKED:
+            filled = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
+            return numpy_helper.to_array(filled)
+        return raw.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+
+
+# Types of less than a byte: their elements share bytes, so the buffer is no array yet.
+_PACKED = {
+    getattr(onnx.TensorProto, name)
+    for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+    if hasattr(onnx.TensorProto, name)
+}
+
+
+def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
+    """Read and check a model.
+
+    Args:
+        model: A path, or a model that is already in memory (it is copied where it has to change).
+
+    Raises:
+        ModelError: The file is missing, truncated, not ONNX, refused by ONNX's checker, or its external data are
+            missing, too short or outside the model's folder.
+        UnsupportedModelError: The operator set is older than ONNX Runtime supports.
+    """
+    if isinstance(model, onnx.ModelProto):
+        data = model.SerializeToString(deterministic=True)
+        found = ModelFile(
+            proto=model,
+            name=model.graph.name or "model",
+            folder=None,
+            sha256=hashlib.sha256(data).hexdigest(),
+            size=len(data),
+        )
+    else:
+        found = _read(Path(model))
+    if not found.proto.graph.node:
+        raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
+    _check_tensors(found)
+    _check_graph(found)
+    if found.opset < OLDEST_OPSET:
+        found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
+    if found.proto.functions:
+        found = replace(found, proto=_inline_functions(found.proto), inlined_functions=len(found.proto.functions))
+    return found
+
+
+def _read(path: Path) -> ModelFile:
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path}: a folder, expected an ONNX model file")
+        size = path.stat().st_size
+        if size > _PROTOBUF_LIMIT:
+            raise ModelError(
+                f"{path}: {size} bytes, more than the 2 GiB that an ONNX file can hold; save it with external data"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
+    digest = hashlib.sha256(data).hexdigest()
+    del data
+    found = ModelFile(proto=proto, name=path.name, folder=path.parent, sha256=digest, size=size)
+    locations: dict[str, Path] = {}
+    for tensor in _all_tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            location = external_entries(tensor, path.name)[0]
+            locations[location] = _inside(path.parent, location, tensor, path.name)
+    external = {location: file_sha256(file) for location, file in sorted(locations.items())}
+    total = size + sum(file.stat().st_size for file in locations.values())
+    return replace(found, size=total, external=external)
+
+
+def external_entries(tensor: onnx.TensorProto, where: str) -> tuple[str, int, int]:
+    """Return (location, offset, length) in bytes of an external tensor."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    expected = _byte_size(tensor)
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", expected))
+    except ValueError as error:
+        raise ModelError(f"{where}: tensor '{tensor.name}': external data offset or length is not a number") from error
+    if offset < 0 or length != expected:
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data of {length} bytes at offset {offset}, "
+            f"expected {expected} bytes at an offset of 0 or more"
+        )
+    return entries.get("location", ""), offset, length
+
+
+def _inside(folder: Path | None, location: str, tensor: onnx.TensorProto, where: str) -> Path:
+    """Return the external file at ``location``, which must lie inside ``folder`` and be long enough."""
+    if folder is None:
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}' has external data, but the model came without a folder; pass its path"
+        )
+    file = (folder / location).resolve()
+    if not location or Path(location).is_absolute() or not file.is_relative_to(folder.resolve()):
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data at '{location}', outside the model's folder; "
+            f"expected a relative path that stays inside it"
+        )
+    if not file.is_file():
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data file '{location}' is missing beside the model"
+        )
+    _, offset, length = external_entries(tensor, where)
+    size = file.stat().st_size
+    if offset + length > size:
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data file '{location}' has {size} bytes, "
+            f"expected at least {offset + length}"
+        )
+    return file
+
+
+def _byte_size(tensor: onnx.TensorProto) -> int:
+    """Return the bytes that the raw data of ``tensor`` take, from its shape and type alone."""
+    count = 1
+    for dim in tensor.dims:
+        if dim < 0:
+            raise ModelError(f"tensor '{tensor.name}': dimension {dim}, expected 0 or more")
+        count *= dim
+    if tensor.data_type in _PACKED:
+        return -(-count * _PACKED_BITS.get(tensor.data_type, 4) // 8)
+    try:
+        return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"tensor '{tensor.name}': unknown element type {tensor.data_type}") from error
+
+
+_PACKED_BITS = {
+    getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)
+}
+
+
+def _check_tensors(model: ModelFile) -> None:
+    """Refuse tensors whose data do not fill their shape, before anything takes memory for them."""
+    for tensor in _all_tensors(model.proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _inside(model.folder, external_entries(tensor, model.name)[0], tensor, model.name)
+        elif tensor.HasField("raw_data") and len(tensor.raw_data) != _byte_size(tensor):
+            raise ModelError(
+                f"{model.name}: tensor '{tensor.name}' has {len(tensor.raw_data)} bytes, "
+                f"expected {_byte_size(tensor)} for shape {list(tensor.dims)}; the file is damaged"
+            )
+
+
+def _check_graph(model: ModelFile) -> None:
+    """Run ONNX's checker on the graph, initializers as inputs: their data were checked, and stay out of the copy."""
+    skeleton = copy_without(model.proto, "graph")
+    skeleton.graph.CopyFrom(copy_without(model.proto.graph, "initializer"))
+    known = {value.name for value in skeleton.graph.input}
+    skeleton.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in model.proto.graph.initializer
+        if t.name not in known
+    )
+    skeleton.ir_version = max(skeleton.ir_version, 4)
+    try:
+        onnx.checker.check_model(skeleton)
+    except onnx.checker.ValidationError as error:
+        line = " ".join(str(error).split())
+        raise ModelError(f"{model.name}: ONNX's checker refuses it: {line[:400]}") from error
+
+
+def _convert_up(model: ModelFile) -> onnx.ModelProto:
+    """Convert a model of an operator set that ONNX Runtime does not guarantee to the oldest that it does."""
+    try:
+        return onnx.version_converter.convert_version(model.proto, OLDEST_OPSET)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{model.name}: operator set {model.opset or 'not stated'}, expected {OLDEST_OPSET} or newer, and ONNX's "
+            f"converter cannot bring it there: {' '.join(str(error).split())[:200]}; export it again"
+        ) from error
+
+
+def _inline_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline model-local functions, so that weights inside them are found; metadata are kept."""
+    inlined = onnx.inliner.inline_local_functions(proto)
+    if not inlined.metadata_props:
+        inlined.metadata_props.extend(proto.metadata_props)
+    return inlined
+
+
+def copy_without(message: Any, *fields: str) -> Any:
+    """Return a copy of a protobuf message without some of its fields, which are never copied at all."""
+    copy = type(message)()
+    for descriptor, value in message.ListFields():
+        if descriptor.name in fields:
+            continue
+        target = getattr(copy, descriptor.name)
+        if descriptor.is_repeated:
+            target.extend(value)
+        elif descriptor.message_type is not None:
+            target.CopyFrom(value)
+        else:
+            setattr(copy, descriptor.name, value)
+    return copy
+
+
+def iter_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield ``graph`` and every graph inside its nodes, outer ones first."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from iter_graphs(inner)
+
+
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model: initializers and attributes, of subgraphs and functions too."""
+    for graph in iter_graphs(proto.graph):
+        yield from graph.initializer
+        for node in graph.node:
+            yield from _attribute_tensors(node)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _attribute_tensors(node)
+
+
+def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
