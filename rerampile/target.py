@@ -1,0 +1,416 @@
+"""The hardware a model is compiled for: arrays of cells, how they are grouped, and what their cells can hold.
+
+A target comes from a named preset or a TOML file; ``docs/targets.md`` lists the keys. Values check themselves when they
+are made, so a :class:`Target` that exists is consistent, however it came about. Errors name the key relative to the
+object at hand, and whoever holds that object puts its own part in front: ``my.toml: cell.g_on: expected …, got …``.
+
+TOML has no null. A field that is None here is a word there, and in :meth:`Target.to_dict`: ``"unlimited"`` counts,
+``"analog"`` levels, a ``"uniform"`` level table, ``"ideal"`` converters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import reprlib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from rerampile.errors import CapacityError, ConfigError, did_you_mean
+from rerampile.schemes import SCHEMES
+
+__all__ = ["PAIR_LAYOUTS", "Address", "Cell", "Stuck", "Target", "preset_names", "preset_text", "to_toml"]
+
+PAIR_LAYOUTS = ("adjacent", "twin")
+
+_COUNTS = ("arrays_per_core", "cores_per_tile", "tiles_per_chip", "chips")  # inner to outer
+_WORDS = {"levels": "analog", "level_table": "uniform", "dac_bits": "ideal", "adc_bits": "ideal"}
+_WORDS |= dict.fromkeys(_COUNTS, "unlimited")
+
+_FILE_LIMIT = 1_000_000  # bytes: room for a table of 2**15 levels, and nothing that takes long to parse
+_CODE_LIMIT = 2**24  # whole numbers up to here are exact in float32
+_TABLE_LIMIT = 2**16  # combinations of measured levels that the mapping enumerates
+_PRESETS = Path(__file__).parent / "targets"
+
+T = TypeVar("T")
+Check = Callable[[str, Any], Any]
+
+
+# Checks: each takes a key and the value found there, and returns the value as the field holds it.
+
+
+def _expected(key: str, what: str, found: object) -> ConfigError:
+    return ConfigError(f"{key}: expected {what}, got {reprlib.repr(found)}")
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(key: str, value: Any) -> int | None:
+        word = _WORDS.get(key)
+        if word is not None and (value is None or value == word):
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return value
+        alternative = f' or "{word}"' if word else ""
+        raise _expected(key, f"an integer from {low} to {high}{alternative}", value)
+
+    return check
+
+
+def _siemens(key: str, value: Any) -> float:
+    # No cell conducts 10 S; whoever writes 100 means 100 µS.
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10:
+        return float(value)
+    raise _expected(key, "a conductance in siemens from 0 to 10 (100 µS is 100e-6)", value)
+
+
+def _level_table(key: str, value: Any) -> tuple[float, ...] | None:
+    if value is None or value == _WORDS[key]:
+        return None
+    if not isinstance(value, list | tuple):
+        raise _expected(key, f'a list of conductances in siemens or "{_WORDS[key]}"', value)
+    return tuple(_siemens(f"{key}[{level}]", conductance) for level, conductance in enumerate(value))
+
+
+def _choice(words: tuple[str, ...]) -> Check:
+    def check(key: str, value: Any) -> str:
+        if isinstance(value, str) and value in words:
+            return value
+        raise _expected(key, f"one of {', '.join(words)}", value)
+
+    return check
+
+
+def _text(shortest: int, longest: int) -> Check:
+    def check(key: str, value: Any) -> str:
+        if isinstance(value, str) and value.isprintable() and shortest <= len(value) <= longest:
+            return value
+        raise _expected(key, f"one line of {shortest} to {longest} printable characters", value)
+
+    return check
+
+
+def _stuck(key: str, value: Any) -> Stuck:
+    return value if isinstance(value, Stuck) else _build(Stuck, _table(key, value), f"{key}.")
+
+
+def _cell(key: str, value: Any) -> Cell:
+    return value if isinstance(value, Cell) else _build(Cell, _table(key, value), f"{key}.")
+
+
+def _table(key: str, value: Any) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    raise _expected(key, "a table of keys", value)
+
+
+def _check_fields(instance: object, checks: Mapping[str, Check]) -> None:
+    for key, check in checks.items():
+        object.__setattr__(instance, key, check(key, getattr(instance, key)))
+
+
+def _build(cls: type[T], table: Mapping[str, Any], part: str) -> T:
+    """Make a dataclass from a table of its fields, with ``part`` in front of every error."""
+    known = {field.name: field.default is MISSING for field in fields(cls)}  # type: ignore[arg-type]
+    try:
+        for key in table:
+            if key not in known:
+                raise ConfigError(f"{key}: unknown key{did_you_mean(str(key), known)}")
+        for key, required in known.items():
+            if required and key not in table:
+                needed = ", ".join(name for name, needed in known.items() if needed)
+                raise ConfigError(f"{key}: missing key (required: {needed})")
+        return cls(**table)
+    except ConfigError as error:
+        raise ConfigError(f"{part}{error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """What a stuck cell conducts. May lie outside the range that healthy cells are programmed in.
+
+    Attributes:
+        mean: Mean conductance, siemens.
+        spread: Standard deviation of the conductance, siemens.
+    """
+
+    mean: float
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fields(self, {"mean": _siemens, "spread": _siemens})
+
+
+_AT_RANGE_END = Stuck(mean=0.0)  # stands for "not given"; compared by identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One ReRAM device.
+
+    Attributes:
+        g_off: Lowest programmable conductance (HRS), siemens.
+        g_on: Highest programmable conductance (LRS), siemens.
+        levels: Number of discrete conductances, or None for an analog cell.
+        level_table: Measured conductance of each level, siemens, ascending from ``g_off`` to ``g_on``; None where the
+            levels are uniform in conductance.
+        stuck_off: What a stuck-off cell conducts; exactly ``g_off`` where not given.
+        stuck_on: What a stuck-on cell conducts; exactly ``g_on`` where not given.
+    """
+
+    g_off: float
+    g_on: float
+    levels: int | None = None
+    level_table: tuple[float, ...] | None = None
+    stuck_off: Stuck = _AT_RANGE_END
+    stuck_on: Stuck = _AT_RANGE_END
+
+    def __post_init__(self) -> None:
+        _check_fields(self, {"g_off": _siemens, "g_on": _siemens, "levels": _integer(2, 65536)})
+        # Conductances are stored as float32: a narrower range would leave too few digits for the weights.
+        if self.g_on - self.g_off < max(1e-3 * self.g_on, 1e-15):
+            raise _expected("g_on", f"at least 0.1 % (and 1 fS) above g_off = {self.g_off!r}", self.g_on)
+        for key, end in (("stuck_off", self.g_off), ("stuck_on", self.g_on)):
+            stuck = getattr(self, key)
+            if stuck is _AT_RANGE_END:
+                object.__setattr__(self, key, Stuck(mean=end))
+            elif isinstance(stuck, Mapping):
+                object.__setattr__(self, key, {"mean": end, **stuck})
+        _check_fields(self, {"level_table": _level_table, "stuck_off": _stuck, "stuck_on": _stuck})
+        self._check_level_table()
+
+    def _check_level_table(self) -> None:
+        table = self.level_table
+        if table is None:
+            return
+        if self.levels != len(table):
+            raise _expected("level_table", f"as many values as levels = {self.levels or 'analog'}", len(table))
+        for level, (low, high) in enumerate(itertools.pairwise(table)):
+            if low >= high:
+                raise _expected(f"level_table[{level + 1}]", f"ascending values, above {low!r}", high)
+        for level, key, end in ((0, "g_off", self.g_off), (len(table) - 1, "g_on", self.g_on)):
+            if table[level] != end:
+                raise _expected(f"level_table[{level}]", f"{key} = {end!r}", table[level])
+
+
+class Address(NamedTuple):
+    """Where an array sits, counted from zero at every level."""
+
+    chip: int
+    tile: int
+    core: int
+    array: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A crossbar accelerator.
+
+    Arrays are counted through core, tile and chip, inner to outer. One of the four counts may be None (unlimited);
+    those outside it must be 1, for counting never reaches a second one.
+
+    Attributes:
+        name: Short name for messages and the plan.
+        source: Where the numbers come from.
+        rows: Word lines of an array (inputs).
+        columns: Bit lines of an array (outputs).
+        mapping: Default scheme, one of :data:`rerampile.schemes.SCHEMES`.
+        slices: Cells that one value is sliced over, least significant first; more than one needs discrete levels.
+        pair_layout: ``adjacent``: the cells of a pair are neighbouring columns of one array. ``twin``: they are at the
+            same place in two arrays.
+        arrays_per_core: Arrays in a core.
+        cores_per_tile: Cores in a tile.
+        tiles_per_chip: Tiles on a chip.
+        chips: Chips there are.
+        dac_bits: Resolution of the row drivers, None where ideal.
+        adc_bits: Resolution of the column converters, None where ideal.
+        cell: What one cell can hold.
+    """
+
+    name: str
+    source: str = ""
+    rows: int
+    columns: int
+    mapping: str = "differential"
+    slices: int = 1
+    pair_layout: str = "adjacent"
+    arrays_per_core: int | None = None
+    cores_per_tile: int | None = 1
+    tiles_per_chip: int | None = 1
+    chips: int | None = 1
+    dac_bits: int | None = None
+    adc_bits: int | None = None
+    cell: Cell
+
+    def __post_init__(self) -> None:
+        _check_fields(self, _TARGET_CHECKS)
+        self._check_slices()
+        self._check_counts()
+
+    def _check_slices(self) -> None:
+        levels = self.cell.levels
+        if levels is None:
+            if self.slices > 1:
+                raise _expected("slices", "1 with analog cells (set cell.levels for more)", self.slices)
+            return
+        measured = self.cell.level_table is not None
+        limit, kind = (_TABLE_LIMIT, "measured levels") if measured else (_CODE_LIMIT, "levels")
+        if levels**self.slices > limit:
+            most = max(n for n in range(25) if levels**n <= limit)
+            raise _expected("slices", f"at most {most} with {levels} {kind} (levels ** slices <= {limit})", self.slices)
+
+    def _check_counts(self) -> None:
+        inner = None
+        for key in _COUNTS:
+            count = getattr(self, key)
+            if inner is not None and count != 1:
+                raise _expected(key, f'1, never exceeded because {inner} = "unlimited"', count or "unlimited")
+            if count is None:
+                inner = key
+
+    @property
+    def arrays(self) -> int | None:
+        """Number of arrays there are, or None where unlimited."""
+        counts = [getattr(self, key) for key in _COUNTS]
+        return None if None in counts else math.prod(counts)
+
+    @property
+    def analog(self) -> bool:
+        """Whether cells take any conductance between ``g_off`` and ``g_on``."""
+        return self.cell.levels is None
+
+    @property
+    def cell_steps(self) -> int | None:
+        """Steps between the lowest and the highest level of one cell, or None for analog cells."""
+        return None if self.cell.levels is None else self.cell.levels - 1
+
+    def address(self, index: int) -> Address:
+        """Return where array number ``index`` sits; arrays fill a core, then a tile, then a chip."""
+        arrays = self.arrays
+        if index < 0 or (arrays is not None and index >= arrays):
+            there = "unlimited" if arrays is None else arrays
+            raise CapacityError(f"target {self.name}: array {index} does not exist (arrays = {there}, counted from 0)")
+        rest, parts = index, []
+        for size in (self.arrays_per_core, self.cores_per_tile, self.tiles_per_chip):
+            rest, part = divmod(rest, size) if size else (0, rest)
+            parts.append(part)
+        return Address(rest, *reversed(parts))
+
+    def index(self, address: tuple[int, int, int, int]) -> int:
+        """Return the number of the array at ``(chip, tile, core, array)``: the inverse of :meth:`address`."""
+        index = 0
+        for key, part, level in zip(reversed(_COUNTS), address, Address._fields, strict=True):
+            count = getattr(self, key)
+            if part < 0 or (count is not None and part >= count):
+                there = "unlimited" if count is None else count
+                raise CapacityError(
+                    f"target {self.name}: {level} {part} does not exist ({key} = {there}, counted from 0)"
+                )
+            index = index * (count or 1) + part
+        return index
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as plain numbers, words, lists and dicts, in a fixed order, for JSON or TOML."""
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "target") -> Target:
+        """Make a target from a table like that of :meth:`to_dict`; keys with a default may be left out.
+
+        Args:
+            data: The table.
+            where: What errors name as the place of the table, such as a file name.
+        """
+        return _build(cls, _table(where, data), f"{where}: ")
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Target:
+        """Read a preset by its name, or a TOML file by its path (which ends in ``.toml`` or has a folder)."""
+        text = os.fspath(name_or_path)
+        is_path = not isinstance(name_or_path, str) or text.endswith(".toml") or Path(text).name != text
+        if is_path:
+            return _parse(_read(Path(text)), text)
+        return _parse(preset_text(text), f"preset {text}")
+
+
+_TARGET_CHECKS: dict[str, Check] = {
+    "name": _text(1, 100),
+    "source": _text(0, 1000),
+    "rows": _integer(1, 65536),
+    "columns": _integer(1, 65536),
+    "mapping": _choice(SCHEMES),
+    "slices": _integer(1, 24),
+    "pair_layout": _choice(PAIR_LAYOUTS),
+    **dict.fromkeys(_COUNTS, _integer(1, 2**20)),
+    "dac_bits": _integer(1, 32),
+    "adc_bits": _integer(1, 32),
+    "cell": _cell,
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of the presets, in alphabetical order."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def preset_text(name: str) -> str:
+    """Return a preset's TOML file as it is written, with its comments on where each number comes from."""
+    if name not in preset_names():
+        near = did_you_mean(name, preset_names())
+        raise ConfigError(f"unknown target {name!r}{near}: name a preset or the path of a .toml file")
+    return (_PRESETS / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def to_toml(target: Target) -> str:
+    """Return a target as TOML text, every field written out; reading it gives the same target."""
+    return "\n".join(_toml_lines(target.to_dict(), "")) + "\n"
+
+
+def _plain(instance: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if value is None:
+            value = _WORDS[field.name]
+        elif is_dataclass(value):
+            value = _plain(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        plain[field.name] = value
+    return plain
+
+
+def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
+    # Texts are printable, so their JSON form is a TOML string; so is that of numbers and of lists of numbers.
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items() if not isinstance(v, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
+    return lines
+
+
+def _read(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such target file")
+        size = path.stat().st_size
+        if size > _FILE_LIMIT:
+            raise ConfigError(f"{path}: expected a target file of at most {_FILE_LIMIT} bytes, got {size} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise ConfigError(f"{path}: expected UTF-8 text, got {byte}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(text: str, where: str) -> Target:
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a number too long to convert is a plain ValueError
+        raise ConfigError(f"{where}: not valid TOML: {error}") from None
+    return Target.from_dict(data, where)
