@@ -131,7 +131,8 @@ def test_left_out_keys_are_resolved() -> None:
 def test_words_stand_for_none_everywhere() -> None:
     words = make(dac_bits="ideal", adc_bits="ideal", arrays_per_core="unlimited", cell__levels="analog")
     assert words == make()
-    assert words.arrays is words.dac_bits is words.adc_bits is words.cell.levels is words.cell.level_table is None
+    cell = words.cell
+    assert {words.arrays, words.dac_bits, words.adc_bits, cell.levels, cell.level_table} == {None}
 
 
 def test_order_of_the_dict_does_not_depend_on_the_order_of_the_file() -> None:
@@ -367,8 +368,7 @@ def grouped(draw: st.DrawFn) -> Target:
     unlimited = draw(st.none() | st.integers(0, 3))
     if unlimited is not None:
         counts[unlimited:] = [None] + [1] * (3 - unlimited)
-    cell = Cell(g_off=1e-6, g_on=1e-4)
-    return Target(name="t", rows=1, columns=1, cell=cell, **dict(zip(COUNTS, counts, strict=True)))
+    return dataclasses.replace(make(), **dict(zip(COUNTS, counts, strict=True)))
 
 
 @given(grouped(), st.integers(0, 10**9))
