@@ -368,7 +368,8 @@ def grouped(draw: st.DrawFn) -> Target:
     unlimited = draw(st.none() | st.integers(0, 3))
     if unlimited is not None:
         counts[unlimited:] = [None] + [1] * (3 - unlimited)
-    return dataclasses.replace(make(), **dict(zip(COUNTS, counts, strict=True)))
+    changes: dict[str, Any] = dict(zip(COUNTS, counts, strict=True))
+    return dataclasses.replace(make(), **changes)
 
 
 @given(grouped(), st.integers(0, 10**9))
