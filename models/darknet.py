@@ -456,9 +456,10 @@ LAYERS: dict[str, Callable[[Importer, Section], Map | None]] = {
 }
 
 
-def _assemble(
+def assemble(
     sections: Sequence[Section], weights: Weights, size: int | None, half: bool = False, name: str = "darknet"
 ) -> Importer:
+    """Return an importer that has added every section."""
     importer = Importer(sections[0], weights, size, half, name)
     for section in sections[1:]:
         importer.add(section)
@@ -468,7 +469,7 @@ def _assemble(
 def count_weights(sections: Sequence[Section]) -> int:
     """Return how many floats a network's weights file holds."""
     counted = CountedWeights()
-    _assemble(sections, counted, None)
+    assemble(sections, counted, None)
     return counted.count
 
 
@@ -499,13 +500,13 @@ def build(
         raise ModelError(f"size is {size} pixels, expected 1 or more")
     needed = count_weights(sections)
     if weights is None:
-        return _assemble(sections, RandomWeights(seed), size, half, name).export()
+        return assemble(sections, RandomWeights(seed), size, half, name).export()
     if difference := weights.floats.size - needed:
         raise ModelError(
             f"{weights.name}: {weights.floats.size:,} floats, expected {needed:,} for this network: "
             f"{abs(difference):,} are {'left over' if difference > 0 else 'missing'}; use the weights of this cfg"
         )
-    return _assemble(sections, FileWeights(weights.floats), size, half, name).export()
+    return assemble(sections, FileWeights(weights.floats), size, half, name).export()
 
 
 def main() -> None:

@@ -227,7 +227,8 @@ def train(options: argparse.Namespace) -> None:
     if options.checkpoint and options.checkpoint.exists():
         trainer.resume(options.checkpoint)
         print(f"resumed {options.checkpoint} after epoch {trainer.epoch}")
-    while trainer.epoch < options.epochs:
+    last = min(options.epochs, trainer.epoch + (options.stop_after or options.epochs))
+    while trainer.epoch < last:
         start = time.perf_counter()
         loss = trainer.train_epoch(padded, labels)
         seconds = time.perf_counter() - start
@@ -236,6 +237,8 @@ def train(options: argparse.Namespace) -> None:
             trainer.save(options.checkpoint)
         quick = trainer.accuracy(*held_out["test_batch"])
         print(f"epoch {trainer.epoch}/{options.epochs}  loss {loss:.4f}  test {quick:.2%}  {seconds:.0f} s", flush=True)
+    if trainer.epoch < options.epochs:
+        return
     for name, (images, wanted) in held_out.items():
         print(f"{name}: {trainer.accuracy(images, wanted):.2%} of {len(wanted):,} images")
     print(f"trained for {trainer.seconds:.0f} s")
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="greatest learning rate of the cycle")
     parser.add_argument("--checkpoint", type=Path, help="written after each epoch; resumed where it exists")
+    parser.add_argument("--stop-after", type=int, default=0, help="epochs to train now; resume for the others")
     parser.add_argument("--out", type=Path, help="ONNX file to write, weights in float16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
