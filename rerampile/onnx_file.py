@@ -23,8 +23,17 @@ import onnx.version_converter
 from onnx import numpy_helper
 
 from rerampile.errors import ModelError, UnsupportedModelError
+from rerampile.tensor_file import TensorSpec
 
-__all__ = ["ModelFile", "copy_without", "external_entries", "file_sha256", "iter_graphs", "load_model_file"]
+__all__ = [
+    "ModelFile",
+    "copy_without",
+    "external_entries",
+    "external_tensor",
+    "file_sha256",
+    "iter_graphs",
+    "load_model_file",
+]
 
 _PROTOBUF_LIMIT = 2**31 - 1
 OLDEST_OPSET = 7
@@ -58,6 +67,11 @@ class ModelFile:
     def opset(self) -> int:
         """Version of the standard operator set that the model imports."""
         return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+    @property
+    def path(self) -> Path | None:
+        """The user's own file, where there is one."""
+        return None if self.folder is None else self.folder / self.name
 
     def array(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
         """Return the values of ``tensor``, read-only where they lie in an external file."""
@@ -164,6 +178,19 @@ def external_entries(tensor: onnx.TensorProto, where: str) -> tuple[str, int, in
     return entries.get("location", ""), offset, length
 
 
+def external_tensor(name: str, location: str, spec: TensorSpec) -> onnx.TensorProto:
+    """Return an initializer whose data are a window of an external file."""
+    tensor = onnx.TensorProto(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(spec.dtype),
+        dims=spec.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", location), ("offset", spec.offset), ("length", spec.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 def _inside(folder: Path | None, location: str, tensor: onnx.TensorProto, where: str) -> Path:
     """Return the external file at ``location``, which must lie inside ``folder`` and be long enough."""
     if folder is None:
@@ -205,9 +232,7 @@ def _byte_size(tensor: onnx.TensorProto) -> int:
         raise ModelError(f"tensor '{tensor.name}': unknown element type {tensor.data_type}") from error
 
 
-_PACKED_BITS = {
-    getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)
-}
+_PACKED_BITS = {getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)}
 
 
 def _check_tensors(model: ModelFile) -> None:

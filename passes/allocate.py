@@ -1,0 +1,282 @@
+"""Allocate: cut matrices to arrays, leave out what pruning emptied, and give every piece an address.
+
+A matrix is cut into strips of outputs (as many as an array has columns for), and each strip into pieces of as many
+inputs as an array has rows. Outputs whose weights are all zero, and inputs that a whole strip does not need, take no
+column and no row. Groups that fit an array several times lie block-diagonally on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.errors import CapacityError
+from rerampile.layer import Layer
+from rerampile.plan import ArrayPlan, Partition, Region
+from rerampile.target import Target
+from rerampile.unit import MappedLayer, Unit
+
+__all__ = ["Allocate"]
+
+Role = Literal["plus", "minus"]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Partitions, their positions, their addresses, and what takes no cells at all."""
+
+    name: str = "allocate"
+
+    def run(self, unit: Unit) -> Unit:
+        """Fill ``arrays``, ``regions`` and ``arrays_without_pruning``.
+
+        Raises:
+            CapacityError: An array is too narrow for one output, or the target has too few arrays.
+        """
+        grid = _Grid.of(unit)
+        bins: list[_Bin] = []
+        regions: list[Region] = []
+        dense = 0
+        for number, layer in enumerate(unit.layers):
+            pieces, empty = _cut(grid, number, layer, unit.mapped[layer.name])
+            bins.extend(_stack(grid, pieces))
+            regions.extend(empty)
+            dense += grid.dense_count(layer)
+        if unit.options.pack:
+            bins = _pack(grid, bins)
+        _check_capacity(unit.target, len(bins) * len(grid.roles))
+        return replace(
+            unit,
+            arrays=tuple(_place(grid, unit.target, bins)),
+            regions=tuple(regions),
+            arrays_without_pruning=dense * len(grid.roles),
+        )
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        """Return the number of arrays and what leaving out zeros saved."""
+        return {"arrays": len(unit.arrays), "without pruning": unit.arrays_without_pruning}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The geometry of one array as partitions see it.
+
+    Attributes:
+        rows: Inputs an array has room for.
+        outputs: Outputs an array has room for.
+        width: Columns that one output takes.
+        slices: Slices of a weight, all on one array.
+        roles: The roles of each array of a set: one array with both cells, or twins with one each.
+    """
+
+    rows: int
+    outputs: int
+    width: int
+    slices: int
+    roles: tuple[tuple[Role, ...], ...]
+
+    @classmethod
+    def of(cls, unit: Unit) -> _Grid:
+        target = unit.target
+        coding = next(iter(unit.mapped.values())).coding
+        cells: tuple[Role, ...] = ("plus", "minus") if coding.cells == 2 else ("plus",)
+        twin = target.pair_layout == "twin" and len(cells) == 2
+        roles = (("plus",), ("minus",)) if twin else (cells,)
+        width = len(roles[0]) * coding.slices
+        if width > target.columns:
+            raise CapacityError(
+                f"target '{target.name}': one output takes {width} columns ({coding.slices} slices of "
+                f'{len(roles[0])} cells), an array has {target.columns}; use fewer slices or pair_layout = "twin"'
+            )
+        return cls(target.rows, target.columns // width, width, coding.slices, roles)
+
+    def groups_at_once(self, layer: Layer) -> int:
+        """How many whole groups of a layer lie block-diagonally on one array, 0 where not even one fits."""
+        return min(self.rows // layer.view.inputs, self.outputs // layer.view.outputs)
+
+    def dense_count(self, layer: Layer) -> int:
+        """Arrays (sets of twins counted once) that the layer would take with nothing left out."""
+        view = layer.view
+        if self.groups_at_once(layer) > 1:
+            return -(-view.groups // self.groups_at_once(layer))
+        return view.groups * -(-view.inputs // self.rows) * -(-view.outputs // self.outputs)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A partition before it has a position: ``partition`` without row and column, and its size."""
+
+    partition: Partition
+    rows: int
+    outputs: int
+    group: int
+
+
+@dataclass
+class _Bin:
+    """An array (or a set of twins) that is being filled along its diagonal."""
+
+    rows: int = 0
+    outputs: int = 0
+    pieces: list[tuple[_Piece, int, int]] = field(default_factory=list)
+
+    def add(self, piece: _Piece) -> None:
+        self.pieces.append((piece, self.rows, self.outputs))
+        self.rows += piece.rows
+        self.outputs += piece.outputs
+
+    def absorb(self, other: _Bin) -> None:
+        self.pieces += [(piece, self.rows + row, self.outputs + output) for piece, row, output in other.pieces]
+        self.rows += other.rows
+        self.outputs += other.outputs
+
+
+def _cut(grid: _Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[list[_Piece], list[Region]]:
+    """Cut one layer into pieces, in the order of groups, outputs, inputs; and list what takes no cells."""
+    view = layer.view
+    if mapped.nonzero is None:
+        at_once = grid.groups_at_once(layer)
+        if at_once > 1:
+            return list(_diagonal_pieces(number, layer, at_once)), []
+        outputs, inputs = np.arange(view.outputs), np.arange(view.inputs)
+        pieces = [
+            _piece(number, group, rows, columns)
+            for group in range(view.groups)
+            for columns in _chunks(outputs, grid.outputs)
+            for rows in _chunks(inputs, grid.rows)
+        ]
+        return pieces, []
+    pieces, regions = [], []
+    for group, nonzero in enumerate(mapped.nonzero.reshape(view.groups, view.outputs, view.inputs)):
+        kept = nonzero.any(axis=1)
+        regions += _empty_region(number, group, ~kept, np.ones(view.inputs, np.bool_))
+        for columns in _chunks(np.flatnonzero(kept), grid.outputs):
+            needed = nonzero[columns].any(axis=0)
+            regions += _empty_region(number, group, _as_flags(columns, view.outputs), ~needed)
+            pieces += [_piece(number, group, rows, columns) for rows in _chunks(np.flatnonzero(needed), grid.rows)]
+    return _merge_whole_groups(grid, layer, number, pieces), regions
+
+
+def _diagonal_pieces(number: int, layer: Layer, at_once: int) -> Iterator[_Piece]:
+    """Yield block-diagonal pieces of several whole groups."""
+    view = layer.view
+    for first in range(0, view.groups, at_once):
+        last = min(first + at_once, view.groups)
+        partition = Partition(layer=number, groups=(first, last), inputs=(0, view.inputs), outputs=(0, view.outputs))
+        yield _Piece(partition, (last - first) * view.inputs, (last - first) * view.outputs, first)
+
+
+def _merge_whole_groups(grid: _Grid, layer: Layer, number: int, pieces: list[_Piece]) -> list[_Piece]:
+    """Write pieces that are whole groups block-diagonally where no group lost anything, as without zeros."""
+    view = layer.view
+    at_once = grid.groups_at_once(layer)
+    whole = all(p.rows == view.inputs and p.outputs == view.outputs for p in pieces)
+    if at_once > 1 and len(pieces) == view.groups and whole:
+        return list(_diagonal_pieces(number, layer, at_once))
+    return pieces
+
+
+def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
+    partition = Partition(layer=number, groups=(group, group + 1), **_span("input", rows), **_span("output", columns))
+    return _Piece(partition, len(rows), len(columns), group)
+
+
+def _empty_region(
+    number: int, group: int, outputs: npt.NDArray[np.bool_], inputs: npt.NDArray[np.bool_]
+) -> list[Region]:
+    if not outputs.any() or not inputs.any():
+        return []
+    spans = {**_span("input", np.flatnonzero(inputs)), **_span("output", np.flatnonzero(outputs))}
+    return [Region(layer=number, group=group, reason="zero", **spans)]
+
+
+def _span(axis: str, indices: Indices) -> dict[str, Any]:
+    """Return sorted indices as a range where they are one, else as a list, under the plan's field names."""
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    if last - first == len(indices):
+        return {f"{axis}s": (first, last)}
+    return {f"{axis}_index": indices.tolist()}
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _as_flags(indices: Indices, size: int) -> npt.NDArray[np.bool_]:
+    flags = np.zeros(size, np.bool_)
+    flags[indices] = True
+    return flags
+
+
+def _stack(grid: _Grid, pieces: Sequence[_Piece]) -> Iterator[_Bin]:
+    """Give each piece an array of its own, but let small pieces of different groups of one layer share one."""
+    current = _Bin()
+    for piece in pieces:
+        alone = not current.pieces or any(piece.group == other.group for other, _, _ in current.pieces)
+        if alone or not _fits(grid, current, piece.rows, piece.outputs):
+            if current.pieces:
+                yield current
+            current = _Bin()
+        current.add(piece)
+    if current.pieces:
+        yield current
+
+
+def _fits(grid: _Grid, bin_: _Bin, rows: int, outputs: int) -> bool:
+    return bin_.rows + rows <= grid.rows and bin_.outputs + outputs <= grid.outputs
+
+
+def _pack(grid: _Grid, bins: Sequence[_Bin]) -> list[_Bin]:
+    """Put arrays together that share neither a row nor a column: first fit, the fullest first (diagonal packing)."""
+    order = sorted(range(len(bins)), key=lambda i: (-max(bins[i].rows / grid.rows, bins[i].outputs / grid.outputs), i))
+    packed: list[_Bin] = []
+    free = np.empty((len(bins), 2), np.int64)
+    for i in order:
+        need = np.array([bins[i].rows, bins[i].outputs])
+        fits = (free[: len(packed)] >= need).all(axis=1)
+        where = int(fits.argmax()) if fits.any() else len(packed)
+        if where == len(packed):
+            packed.append(_Bin())
+            free[where] = grid.rows, grid.outputs
+        packed[where].absorb(bins[i])
+        free[where] -= need
+    return packed
+
+
+def _check_capacity(target: Target, needed: int) -> None:
+    if target.arrays is not None and needed > target.arrays:
+        raise CapacityError(
+            f"the model needs {needed} arrays of {target.rows} x {target.columns} cells, target '{target.name}' has "
+            f"{target.arrays}; prune more, pack small partitions, or take a target with more or larger arrays"
+        )
+
+
+def _place(grid: _Grid, target: Target, bins: Sequence[_Bin]) -> Iterator[ArrayPlan]:
+    """Yield the arrays in address order; twins follow one another."""
+    slices = list(range(grid.slices))
+    for number, bin_ in enumerate(bins):
+        partitions = [
+            msgspec.structs.replace(piece.partition, row=row, column=output * grid.width)
+            for piece, row, output in bin_.pieces
+        ]
+        first = number * len(grid.roles)
+        for k, roles in enumerate(grid.roles):
+            chip, tile, core, array = target.address(first + k)
+            yield ArrayPlan(
+                id=first + k,
+                chip=chip,
+                tile=tile,
+                core=core,
+                array=array,
+                roles=list(roles),
+                slices=slices,
+                partitions=partitions,
+                twin=first + 1 - k if len(grid.roles) == 2 else None,
+            )

@@ -1,0 +1,206 @@
+"""Find layers: every constant weight that a crossbar can hold, with its uses; everything else with a reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onnx import TensorProto
+
+from rerampile.errors import ModelError, UnsupportedModelError
+from rerampile.graph import STANDARD_DOMAINS, GraphNode, ModelGraph, Tensor
+from rerampile.layer import DigitalOperation, Layer, MatrixView
+from rerampile.passes.fold import fold_neighbours
+from rerampile.unit import Unit
+
+__all__ = ["FindLayers", "find_layers"]
+
+
+def _convolution(node: GraphNode, shape: Sequence[int]) -> MatrixView:
+    return MatrixView.of_convolution(shape, node.attribute("group", 1))
+
+
+def _transposed_convolution(node: GraphNode, shape: Sequence[int]) -> MatrixView:
+    return MatrixView.of_transposed_convolution(shape, node.attribute("group", 1))
+
+
+def _right(node: GraphNode, shape: Sequence[int]) -> MatrixView:
+    return MatrixView.of_product(shape, outputs_first=bool(node.attribute("transB", 0)))
+
+
+def _left(node: GraphNode, shape: Sequence[int]) -> MatrixView:
+    return MatrixView.of_product(shape, outputs_first=not node.attribute("transA", 0))
+
+
+def _recurrent(node: GraphNode, shape: Sequence[int]) -> MatrixView:
+    return MatrixView.of_product(shape, outputs_first=True)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """An input of an operator that can hold weights.
+
+    Attributes:
+        weight: Input slot of the weights.
+        data: Input slot of what the weights multiply.
+        view: How the weights are read as matrices.
+        rank: Smallest and largest rank of the weights.
+        zero_point: Input slot of the weights' zero point, for whole-numbered weights.
+        zero_point_axis: Axis of the weights that a zero point of several numbers runs along.
+    """
+
+    weight: int
+    data: int
+    view: Callable[[GraphNode, Sequence[int]], MatrixView]
+    rank: tuple[int, int]
+    zero_point: int | None = None
+    zero_point_axis: int = 0
+
+
+_CONV_RANK, _GEMM_RANK, _MATMUL_RANK, _RNN_RANK = (3, 5), (2, 2), (1, 16), (3, 3)
+
+SLOTS: dict[str, tuple[_Slot, ...]] = {
+    "Conv": (_Slot(1, 0, _convolution, _CONV_RANK),),
+    "ConvTranspose": (_Slot(1, 0, _transposed_convolution, _CONV_RANK),),
+    "Gemm": (_Slot(1, 0, _right, _GEMM_RANK), _Slot(0, 1, _left, _GEMM_RANK)),
+    "MatMul": (_Slot(1, 0, _right, _MATMUL_RANK), _Slot(0, 1, _left, _MATMUL_RANK)),
+    "ConvInteger": (_Slot(1, 0, _convolution, _CONV_RANK, 3, 0),),
+    "MatMulInteger": (_Slot(1, 0, _right, _MATMUL_RANK, 3, -1), _Slot(0, 1, _left, _MATMUL_RANK, 2, -2)),
+    "QLinearConv": (_Slot(3, 0, _convolution, _CONV_RANK, 5, 0),),
+    "QLinearMatMul": (_Slot(3, 0, _right, _MATMUL_RANK, 5, -1), _Slot(0, 3, _left, _MATMUL_RANK, 2, -2)),
+    "LSTM": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
+    "GRU": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
+    "RNN": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
+}
+
+_WEIGHT_TYPES = {
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+}
+
+
+@dataclass(frozen=True)
+class FindLayers:
+    """Each weight matrix as [outputs, inputs] with its graph uses, neighbours folded in, digital nodes with reasons."""
+
+    name: str = "find layers"
+
+    def run(self, unit: Unit) -> Unit:
+        """Fill ``layers`` and ``digital``.
+
+        Raises:
+            UnsupportedModelError: Nothing at all maps.
+        """
+        layers, digital = find_layers(unit.graph)
+        if not layers:
+            reasons = sorted({f"{op.node.op}: {op.reason}" for op in digital})
+            raise UnsupportedModelError(
+                f"{unit.model.name}: nothing maps to a crossbar, expected at least one of {', '.join(SLOTS)} with "
+                f"constant weights; found {'; '.join(reasons[:8])}"
+            )
+        folded = fold_neighbours(unit.graph, layers)
+        gone = {id(fold.node) for layer in folded for fold in layer.folds}
+        return replace(unit, layers=tuple(folded), digital=tuple(op for op in digital if id(op.node) not in gone))
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        """Return how many layers were found, folded and left digital."""
+        folds = sum(len(layer.folds) for layer in unit.layers)
+        return {"layers": len(unit.layers), "folded": folds, "digital": len(unit.digital)}
+
+
+def find_layers(graph: ModelGraph) -> tuple[list[Layer], list[DigitalOperation]]:
+    """Return every layer of a model in graph order, and every other node with the reason why it stays digital."""
+    found: dict[tuple[object, ...], Layer] = {}
+    digital: list[DigitalOperation] = []
+    for node in graph.nodes:
+        layers, why = _layers_of(graph, node)
+        for layer, slot in layers:
+            key = (id(layer.tensor), layer.view, layer.integer, id(layer.zero_point))
+            if key in found:
+                found[key] = replace(found[key], uses=(*found[key].uses, (node, slot)))
+            else:
+                found[key] = layer
+        if why is not None:
+            digital.append(DigitalOperation(node=node, code=why[0], reason=why[1]))
+    return _with_unique_names(found.values()), digital
+
+
+def _layers_of(graph: ModelGraph, node: GraphNode) -> tuple[list[tuple[Layer, int]], tuple[str, str] | None]:
+    """Return the layers of one node with their slots, or a code and a reason why it has none."""
+    slots = SLOTS.get(node.proto.op_type) if node.proto.domain in STANDARD_DOMAINS else None
+    if all(graph.is_constant(t) for t in node.view.outputs) and node.view.outputs:
+        return [], ("constant", "its value is known when the model is compiled")
+    if slots is None:
+        return [], ("no-weights", "the operator has no weight matrix that a crossbar can hold")
+    constant = [s for s in slots if (t := node.input(s.weight)) is not None and graph.is_constant(t)]
+    if not constant:
+        return [], ("computed-weights", "both operands are computed while the model runs, none is stored")
+    layers: list[tuple[Layer, int]] = []
+    for slot in constant:
+        layer = _layer(graph, node, slot)
+        if isinstance(layer, tuple):
+            return [], layer
+        layers.append((layer, slot.weight))
+    return layers, None
+
+
+def _layer(graph: ModelGraph, node: GraphNode, slot: _Slot) -> Layer | tuple[str, str]:
+    tensor = node.input(slot.weight)
+    element_type = graph.element_type(tensor)
+    if element_type not in _WEIGHT_TYPES:
+        return "element-type", f"weights of type {TensorProto.DataType.Name(element_type).lower()}"
+    shape = graph.shape(tensor)
+    if shape is None:
+        shape = graph.read(tensor).shape
+    if math.prod(shape) == 0:
+        return "empty", f"weights of shape {list(shape)} hold nothing"
+    if not slot.rank[0] <= len(shape) <= slot.rank[1]:
+        return "rank", f"weights of shape {list(shape)}, expected a rank of {slot.rank[0]} to {slot.rank[1]}"
+    groups = node.attribute("group", 1)
+    channels = shape[0] if groups > 1 else groups
+    if groups < 1 or channels % groups:
+        raise ModelError(f"node '{node.full_name}': {channels} channels of weights do not divide into {groups} groups")
+    view = slot.view(node, shape)
+    sources = [t.name for t in graph.sources(tensor) if math.prod(t.dims) == math.prod(shape)]
+    layer = Layer(
+        name=sources[0] if len(sources) == 1 else node.full_name,
+        view=view,
+        tensor=tensor,
+        element_type=element_type,
+        uses=((node, slot.weight),),
+        integer=slot.zero_point is not None,
+    )
+    return layer if slot.zero_point is None else _with_zero_point(graph, layer, node, slot)
+
+
+def _with_zero_point(graph: ModelGraph, layer: Layer, node: GraphNode, slot: _Slot) -> Layer | tuple[str, str]:
+    zero_point: Tensor | None = node.input(slot.zero_point or 0)
+    if zero_point is None:
+        return layer
+    if not graph.is_constant(zero_point):
+        return "computed-weights", "the zero point of the weights is computed while the model runs"
+    count = graph.read(zero_point).size
+    rank = len(layer.view.tensor_shape)
+    shape = [1] * rank
+    if count > 1:
+        shape[slot.zero_point_axis] = count
+    return replace(layer, zero_point=zero_point, zero_point_shape=tuple(shape))
+
+
+def _with_unique_names(layers: Iterable[Layer]) -> list[Layer]:
+    used: set[str] = set()
+    named: list[Layer] = []
+    for layer in layers:
+        name, number = layer.name, 1
+        while name in used:
+            number += 1
+            name = f"{layer.name}#{number}"
+        used.add(name)
+        named.append(replace(layer, name=name))
+    return named

@@ -1,0 +1,80 @@
+"""Map: choose how each layer's weights become pairs of conductances, and their full scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.errors import ModelError
+from rerampile.layer import Layer
+from rerampile.schemes import Coding
+from rerampile.target import Target
+from rerampile.unit import MappedLayer, Unit
+
+__all__ = ["Map", "coding_for"]
+
+
+@dataclass(frozen=True)
+class Map:
+    """The coding and the gain of each output; the cells themselves are computed while they are written."""
+
+    name: str = "map"
+
+    def run(self, unit: Unit) -> Unit:
+        """Fill ``mapped``.
+
+        Raises:
+            ModelError: A weight is NaN or infinite.
+        """
+        coding = coding_for(unit.target, unit.options.mapping)
+        return replace(unit, mapped={layer.name: _map_layer(unit, layer, coding) for layer in unit.layers})
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        """Return the scheme and the number of weights."""
+        weights = sum(layer.view.shape[0] * layer.view.shape[1] for layer in unit.layers)
+        return {"scheme": unit.options.mapping, "scale": unit.options.scale, "weights": weights}
+
+
+def coding_for(target: Target, scheme: str) -> Coding:
+    """Return the coding of weights into a target's cells under a mapping scheme."""
+    cell = target.cell
+    return Coding(
+        scheme=scheme,
+        g_off=cell.g_off,
+        g_on=cell.g_on,
+        levels=cell.levels,
+        level_table=cell.level_table,
+        slices=target.slices,
+    )
+
+
+def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
+    weights = unit.weights(layer)
+    magnitude = np.maximum(weights.max(axis=1), -weights.min(axis=1))  # NaN and infinity survive both
+    if not np.isfinite(magnitude).all():
+        raise ModelError(
+            f"{unit.model.name}: layer '{layer.name}' has a NaN or infinite weight in output "
+            f"{int(np.flatnonzero(~np.isfinite(magnitude))[0])}, expected finite numbers; export the model again"
+        )
+    zeros = weights.size - int(np.count_nonzero(weights))
+    return MappedLayer(
+        coding=coding,
+        gain=_gain(unit, layer, coding, weights, magnitude),
+        nonzero=weights != 0 if zeros else None,
+        zeros=zeros,
+    )
+
+
+def _gain(
+    unit: Unit, layer: Layer, coding: Coding, weights: npt.NDArray[np.float32], magnitude: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Return the gain of each output; whole-numbered weights keep their own step where the cells have enough."""
+    if layer.integer and coding.holds_integers(weights):
+        return np.ones(len(magnitude), np.float32)
+    if unit.options.scale == "tensor":
+        magnitude = np.full_like(magnitude, magnitude.max(initial=0))
+    return coding.gain(magnitude)

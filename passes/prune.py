@@ -1,0 +1,169 @@
+"""Prune: apply masks from a file, or make them by magnitude with one ratio, a ratio a block, or a ratio a layer.
+
+A block is a group of layers of similar size (Yuan et al. 2021, section IV-C): the layers with the same number of output
+channels, named by that number (``64``, ``128``, ...).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from rerampile.errors import ConfigError, did_you_mean
+from rerampile.layer import Layer
+from rerampile.unit import Mask, Unit
+
+__all__ = ["Prune", "block_of", "magnitude_mask"]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Exact zeros where a mask says so."""
+
+    name: str = "prune"
+
+    def run(self, unit: Unit) -> Unit:
+        """Fill ``masks``.
+
+        Raises:
+            ConfigError: The masks file or a block name does not fit the model.
+        """
+        if unit.options.masks is not None:
+            return replace(unit, masks=_masks_from_file(unit.options.masks, unit.layers))
+        ratios = _ratios(unit.options.prune, unit.layers)
+        masks = {
+            layer.name: Mask(kept=magnitude_mask(layer.matrix(unit.graph), ratio), source=f"magnitude {ratio:g}")
+            for layer in unit.layers
+            if (ratio := ratios.get(layer.name, 0.0)) > 0
+        }
+        return replace(unit, masks=masks)
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        """Return how many layers and weights were pruned."""
+        total = sum(mask.kept.size for mask in unit.masks.values())
+        kept = sum(int(np.count_nonzero(mask.kept)) for mask in unit.masks.values())
+        return {"layers pruned": len(unit.masks), "weights pruned": total - kept}
+
+
+def block_of(layer: Layer) -> str:
+    """Return the name of the block that a layer belongs to: its number of output channels."""
+    return str(layer.view.channels)
+
+
+def magnitude_mask(weights: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
+    """Return which weights to keep, bool [outputs, inputs]: all but the ``ratio`` smallest in magnitude.
+
+    Exactly ``round(ratio * size)`` weights go; among equal magnitudes the earlier ones.
+    """
+    remove = round(ratio * weights.size)
+    kept = np.ones(weights.size, np.bool_)
+    if remove == 0:
+        return kept.reshape(weights.shape)
+    magnitude = np.abs(weights).reshape(-1)
+    threshold = np.partition(magnitude, remove - 1)[remove - 1]
+    kept[magnitude < threshold] = False
+    ties = np.flatnonzero(magnitude == threshold)
+    kept[ties[: remove - (weights.size - int(np.count_nonzero(kept)))]] = False
+    return kept.reshape(weights.shape)
+
+
+def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
+    """Return the pruning ratio of each layer; what is named later wins.
+
+    Raises:
+        ConfigError: A ratio is outside [0, 1), or a key names no block and no layer.
+    """
+    ratios: dict[str, float] = {}
+    for key, ratio in asked.items():
+        if not 0 <= ratio < 1:
+            raise ConfigError(f"--prune {key}={ratio:g}: expected a ratio of 0 or more and less than 1")
+        hit = [layer for layer in layers if key == block_of(layer) or _matches(key, layer)]
+        if not hit:
+            known = {block_of(layer) for layer in layers} | {layer.name for layer in layers}
+            raise ConfigError(
+                f"--prune {key}={ratio:g}: no block and no layer of that name; expected a number of output channels or "
+                f"a layer name pattern{did_you_mean(key, known)}"
+            )
+        ratios.update({layer.name: ratio for layer in hit})
+    return ratios
+
+
+def _matches(pattern: str, layer: Layer) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in _names(layer))
+
+
+def _names(layer: Layer) -> list[str]:
+    """Return every name by which a user may call a layer: its own, its tensor's, its nodes'."""
+    names = [layer.name, layer.tensor.name, *(node.full_name for node, _ in layer.uses)]
+    return list(dict.fromkeys([*names, *(node.name for node, _ in layer.uses)]))
+
+
+def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
+    """Read the masks of a file, each matched with its layer by name and checked.
+
+    Raises:
+        ConfigError: The file is unreadable, or a mask has an unknown name, a wrong shape or values other than 0 and 1.
+    """
+    by_name: dict[str, Layer] = {}
+    for layer in layers:
+        for name in _names(layer):
+            by_name.setdefault(name, layer)
+    masks: dict[str, Mask] = {}
+    largest = max((layer.view.shape[0] * layer.view.shape[1] for layer in layers), default=0)
+    for key, values in _read_arrays(path, largest):
+        owner = by_name.get(key)
+        if owner is None:
+            raise ConfigError(f"{path}: mask '{key}': no layer or initializer of that name{did_you_mean(key, by_name)}")
+        if values.shape != owner.view.tensor_shape:
+            raise ConfigError(
+                f"{path}: mask '{key}': shape {list(values.shape)}, expected {list(owner.view.tensor_shape)}, "
+                f"the shape of its weights"
+            )
+        if not np.isin(values, (0, 1)).all():
+            raise ConfigError(f"{path}: mask '{key}': values other than 0 and 1, expected 1 to keep and 0 to prune")
+        if owner.name in masks:
+            raise ConfigError(f"{path}: mask '{key}': layer '{owner.name}' has a mask already; keep one of the two")
+        masks[owner.name] = Mask(kept=owner.view.matrix(values.astype(np.bool_)), source=path.name)
+    return masks
+
+
+def _read_arrays(path: Path, largest: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield the arrays of an .npz or .safetensors file; no pickle, and nothing larger than the largest layer."""
+    try:
+        if path.suffix == ".npz":
+            yield from _read_npz(path, largest)
+        elif path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield key, file.get_tensor(key)
+        else:
+            raise ConfigError(f"{path}: masks file with ending '{path.suffix}', expected .npz or .safetensors")
+    except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a readable masks file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _read_npz(path: Path, largest: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if dtype.hasobject or np.prod(shape, dtype=np.float64) > largest:
+                raise ConfigError(
+                    f"{path}: mask '{member.filename.removesuffix('.npy')}': shape {list(shape)} of type {dtype}, "
+                    f"expected numbers of at most {largest} elements, the largest layer"
+                )
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays.files:
+            yield key, arrays[key]

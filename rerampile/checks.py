@@ -1,0 +1,161 @@
+"""What must hold in every plan, checked from the plan and the conductance file alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.deployment import Deployment, layer_coding, partition_blocks
+from rerampile.errors import PlanFormatError
+from rerampile.onnx_file import file_sha256
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
+
+__all__ = ["DecodedLayer", "check_checksums", "check_placement", "decode_layer"]
+
+Flags = npt.NDArray[np.uint8]
+
+
+def check_checksums(deployment: Deployment) -> None:
+    """Compare every file with the checksum that the plan records.
+
+    Raises:
+        PlanFormatError: A file was changed.
+    """
+    for name, record in deployment.plan.files.items():
+        found = file_sha256(deployment.folder / name)
+        if found != record.sha256:
+            raise PlanFormatError(
+                f"{deployment.folder / name}: sha256 {found[:16]}…, expected {record.sha256[:16]}…; "
+                f"it was changed after it was compiled"
+            )
+
+
+def check_placement(deployment: Deployment) -> None:
+    """Check that every weight sits in exactly one place and that no two partitions share a row or a column.
+
+    Raises:
+        PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
+    """
+    plan = deployment.plan
+    covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.uint8) for layer in plan.layers]
+    for number, array in enumerate(plan.arrays):
+        where = f"$.arrays[{number}]"
+        if array.id != number or not array.partitions:
+            raise PlanFormatError(
+                f"{where}: id {array.id} with {len(array.partitions)} partitions, expected id {number}"
+            )
+        for partition in array.partitions:
+            if not 0 <= partition.layer < len(plan.layers):
+                raise PlanFormatError(f"{where}: layer {partition.layer}, expected 0 to {len(plan.layers) - 1}")
+        _check_roles(deployment, array, where)
+        _check_array(deployment, array, where)
+        if array.roles[0] == "plus":
+            for partition in array.partitions:
+                for group in range(*partition.groups):
+                    _paint(covers[partition.layer], plan.layers[partition.layer], group, partition, where)
+    for number, region in enumerate(plan.skipped):
+        if not 0 <= region.layer < len(plan.layers):
+            raise PlanFormatError(f"$.skipped[{number}]: layer {region.layer}, expected 0 to {len(plan.layers) - 1}")
+        _paint(covers[region.layer], plan.layers[region.layer], region.group, region, f"$.skipped[{number}]")
+    for layer, cover in zip(plan.layers, covers, strict=True):
+        if not (cover == 1).all():
+            output, input_ = (int(i) for i in np.argwhere(cover != 1)[0])
+            raise PlanFormatError(
+                f"layer '{layer.name}': weight [{output}, {input_}] sits in {cover[output, input_]} places, expected 1"
+            )
+
+
+def _paint(cover: Flags, layer: LayerPlan, group: int, part: Partition | Region, where: str) -> None:
+    """Count the weights of a partition or region once more."""
+    inputs, outputs = _indices(part, "input", layer.inputs, where), _indices(part, "output", layer.outputs, where)
+    if not 0 <= group < layer.groups:
+        raise PlanFormatError(f"{where}: group {group}, expected 0 to {layer.groups - 1}")
+    rows = cover[group * layer.outputs : (group + 1) * layer.outputs]
+    if isinstance(inputs, slice) and isinstance(outputs, slice):
+        rows[outputs, inputs] += 1
+    else:
+        every = np.arange(layer.outputs)[outputs], np.arange(layer.inputs)[inputs]
+        np.add.at(rows, np.ix_(*every), 1)
+
+
+def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slice | npt.NDArray[np.int64]:
+    """Return the range or list of one axis, exactly one of which is given and inside the matrix."""
+    span, listed = getattr(part, f"{axis}s"), getattr(part, f"{axis}_index")
+    if (span is None) == (listed is None):
+        raise PlanFormatError(f"{where}: expected either '{axis}s' or '{axis}_index'")
+    first, last = (span[0], span[1] - 1) if span is not None else (min(listed, default=0), max(listed, default=-1))
+    if not 0 <= first <= last < size:
+        raise PlanFormatError(f"{where}: {axis}s {span or listed}, expected some of 0 to {size - 1}")
+    return slice(*span) if span is not None else np.array(listed, np.int64)
+
+
+def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
+    """Check that an array, with its twin where it has one, holds every cell of a weight."""
+    layers = [deployment.plan.layers[p.layer] for p in array.partitions]
+    cells = {layer.cells for layer in layers}
+    slices = {layer.slices for layer in layers}
+    roles = list(array.roles)
+    if array.twin is not None:
+        if not 0 <= array.twin < len(deployment.plan.arrays):
+            raise PlanFormatError(f"{where}: twin {array.twin}, expected an array of the plan")
+        twin = deployment.plan.arrays[array.twin]
+        if twin.partitions != array.partitions or twin.twin != array.id or len(twin.roles) != 1:
+            raise PlanFormatError(f"{where}: differs from its twin, array {array.twin}")
+        roles = sorted([*array.roles, *twin.roles], reverse=True)
+    if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or slices != {len(array.slices)}:
+        raise PlanFormatError(
+            f"{where}: roles {roles} and slices {array.slices}, expected every cell of its layers' weights"
+        )
+
+
+def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
+    width = len(array.roles) * len(array.slices)
+    spans: list[tuple[slice, slice]] = []
+    for partition in array.partitions:
+        blocks = [(rows, columns) for _, rows, columns in partition_blocks(partition, width)]
+        spans.append((_join([rows for rows, _ in blocks]), _join([columns for _, columns in blocks])))
+    for axis, size, what in ((0, deployment.target.rows, "row"), (1, deployment.target.columns, "column")):
+        ordered = sorted((span[axis].start, span[axis].stop) for span in spans)
+        if ordered[0][0] < 0 or ordered[-1][1] > size:
+            raise PlanFormatError(f"{where}: partitions reach {what} {ordered[-1][1]}, expected at most {size}")
+        if any(before[1] > after[0] for before, after in itertools.pairwise(ordered)):
+            raise PlanFormatError(f"{where}: two partitions share a {what}")
+
+
+def _join(spans: list[slice]) -> slice:
+    return slice(spans[0].start, spans[-1].stop) if spans else slice(0, 0)
+
+
+@dataclass(frozen=True)
+class DecodedLayer:
+    """A layer's weights as its cells hold them, and their hash.
+
+    Attributes:
+        weights: float32 [groups * outputs, inputs].
+        sha256: Of the little-endian bytes of ``weights``.
+    """
+
+    weights: npt.NDArray[np.float32]
+    sha256: str
+
+
+def decode_layer(deployment: Deployment, layer: LayerPlan) -> DecodedLayer:
+    """Rebuild a layer's weights from its cells, which are checked to be within what a cell can hold.
+
+    Raises:
+        PlanFormatError: A cell is outside the range or the levels of the target.
+    """
+    coding = layer_coding(deployment.target, layer)
+    cells = deployment.cells(layer)
+    low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
+    if not (cells.min() >= low and cells.max() <= high):
+        raise PlanFormatError(
+            f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {cells.min()} to {cells.max()}, "
+            f"expected {low:g} to {high:g}"
+        )
+    weights = coding.decode(cells, deployment.gain(layer))
+    return DecodedLayer(weights, hashlib.sha256(memoryview(weights).cast("B")).hexdigest())

@@ -1,0 +1,191 @@
+"""The compiler: load, run the passes in order, and move the finished folder into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from rerampile.deployment import Deployment, load_deployment
+from rerampile.errors import ConfigError, RerampileError, did_you_mean
+from rerampile.files import PLAN
+from rerampile.graph import ModelGraph
+from rerampile.onnx_file import load_model_file
+from rerampile.passes import PASSES as _COMPILE_PASSES
+from rerampile.runtime.verify import Verify
+from rerampile.schemes import SCHEMES
+from rerampile.target import Target
+from rerampile.unit import CompileOptions, Pass, Unit
+
+__all__ = ["PASSES", "Progress", "compile_model"]
+
+PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
+"""Every pass of a compilation, in order."""
+
+Progress = Callable[[int, int, str, float | None, Mapping[str, Any]], None]
+
+
+def compile_model(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    out: str | os.PathLike[str],
+    target: Target | str | os.PathLike[str] = "paper",
+    mapping: str | None = None,
+    scale: Literal["tensor", "channel"] = "channel",
+    prune: float | Mapping[str, float] | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    pack: bool = False,
+    inputs: str | os.PathLike[str] | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    keep_stages: bool = False,
+    passes: Sequence[Pass] = PASSES,
+    progress: Progress | None = None,
+) -> Deployment:
+    """Compile a model into a deployment folder and verify it.
+
+    Args:
+        model: Path of an ONNX file, or a model in memory.
+        out: The folder to write. An earlier deployment there is replaced; anything else is refused.
+        target: The hardware, a preset's name, or a TOML file.
+        mapping: One of :data:`rerampile.schemes.SCHEMES`; the target's own where None.
+        scale: One full scale for each tensor, or for each output channel.
+        prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
+        masks: A masks file (.npz or .safetensors) instead.
+        pack: Whether small partitions share arrays.
+        inputs: Inputs of the verification (.npz); generated where None.
+        tolerance: Largest relative output error, or None for the default of the model's arithmetic.
+        seed: Seed of generated inputs.
+        keep_stages: Whether to write what each pass produced into ``stages/``.
+        passes: The passes to run; a pass of your own can be put between them.
+        progress: Called as ``(number, count, name, None, {})`` before and ``(…, seconds, summary)`` after each pass.
+
+    Returns:
+        The deployment, as read back from the folder.
+
+    Raises:
+        RerampileError: What the user can mend; nothing is left behind.
+    """
+    resolved = target if isinstance(target, Target) else Target.load(target)
+    options = CompileOptions(
+        mapping=_known_scheme(mapping or resolved.mapping),
+        scale=_known_scale(scale),
+        prune=_ratios(prune),
+        masks=None if masks is None else Path(masks),
+        pack=pack,
+        seed=seed,
+        inputs=None if inputs is None else Path(inputs),
+        tolerance=tolerance,
+        keep_stages=keep_stages,
+    )
+    if options.masks is not None and options.prune:
+        raise ConfigError("both masks and pruning ratios were given, expected one of the two")
+    loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
+    with _written_whole(Path(out)) as folder:
+        unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
+        _run_passes(unit, passes, progress or (lambda *_: None))
+    return load_deployment(out)
+
+
+def _run_passes(unit: Unit, passes: Sequence[Pass], progress: Progress) -> None:
+    """The pipeline: each pass takes the unit and hands on a new one."""
+    for number, step in enumerate(passes, start=1):
+        progress(number, len(passes), step.name, None, {})
+        started = time.perf_counter()
+        unit = step.run(unit)
+        summary = step.summary(unit)
+        progress(number, len(passes), step.name, time.perf_counter() - started, summary)
+        if unit.options.keep_stages:
+            _keep_stage(unit, number, step.name, summary)
+
+
+def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) -> None:
+    """Write what a pass produced, as readable JSON, into ``stages/``."""
+    from rerampile.stages import stage_record
+
+    folder = unit.folder / "stages"
+    folder.mkdir(exist_ok=True)
+    record = {"pass": name, "summary": dict(summary), **stage_record(unit)}
+    (folder / f"{number}-{name.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``out`` and move it there once it is whole; leave nothing behind otherwise.
+
+    Raises:
+        ConfigError: ``out`` holds something else than a deployment, or cannot be written.
+    """
+    _check_replaceable(out)
+    folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield folder
+        _move_into_place(folder, out)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            load_deployment(out)
+        except RerampileError as error:
+            if not _looks_like_plan(out / PLAN):
+                raise ConfigError(
+                    f"{out}: holds something else than a deployment, expected a new or empty folder; "
+                    f"name another one with -o, or empty it"
+                ) from error
+    elif out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: a file, expected a folder to write the deployment into; name another one with -o")
+
+
+def _looks_like_plan(path: Path) -> bool:
+    """Whether a damaged or newer deployment lies there, which may be replaced."""
+    try:
+        with path.open("rb") as file:
+            return b'"rerampile-plan"' in file.read(200)
+    except OSError:
+        return False
+
+
+def _move_into_place(folder: Path, out: Path) -> None:
+    """Rename the finished folder to ``out``; an earlier deployment makes way and goes only afterwards."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    earlier = out.parent / f".{out.name}.{os.getpid()}.old"
+    out.rename(earlier)
+    folder.rename(out)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _known_scheme(mapping: str) -> str:
+    if mapping not in SCHEMES:
+        raise ConfigError(f"mapping '{mapping}': expected one of {', '.join(SCHEMES)}{did_you_mean(mapping, SCHEMES)}")
+    return mapping
+
+
+def _known_scale(scale: str) -> Literal["tensor", "channel"]:
+    if scale == "tensor" or scale == "channel":  # noqa: PLR1714 (narrows the type)
+        return scale
+    raise ConfigError(f"scale '{scale}': expected tensor or channel")
+
+
+def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:
+    if prune is None:
+        return {}
+    return {"*": float(prune)} if isinstance(prune, (int, float)) else dict(prune)

@@ -1,0 +1,188 @@
+"""A deployment folder: its plan, its cells, and what its arrays look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.errors import ConfigError, PlanFormatError
+from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, read_plan
+from rerampile.schemes import Coding
+from rerampile.target import Target
+from rerampile.tensor_file import TensorFile
+
+__all__ = ["Deployment", "layer_coding", "load_deployment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A deployment folder as read from disk.
+
+    Attributes:
+        folder: The folder.
+        plan: Its plan.
+        target: The hardware that the plan is for.
+        conductances: Its cells and gains, mapped into memory.
+    """
+
+    folder: Path
+    plan: Plan = field(repr=False)
+    target: Target
+    conductances: TensorFile = field(repr=False)
+
+    @property
+    def model_path(self) -> Path:
+        """The deployed ONNX model."""
+        return self.folder / DEPLOYED
+
+    def layer(self, name: str) -> LayerPlan:
+        """Return a layer by name.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        for layer in self.plan.layers:
+            if layer.name == name:
+                return layer
+        raise ConfigError(f"{self.folder}: no layer '{name}'")
+
+    def cells(self, layer: LayerPlan) -> npt.NDArray[Any]:
+        """Return a layer's cells, [slices, cells, groups * outputs, inputs], siemens or level codes, read-only.
+
+        Raises:
+            PlanFormatError: The tensor is missing, of another shape or type, or holds what no cell can hold.
+        """
+        coding = layer_coding(self.target, layer)
+        cells = self.conductances.read(layer.cells_tensor)
+        expected = (coding.slices, coding.cells, layer.groups * layer.outputs, layer.inputs)
+        if cells.shape != expected or cells.dtype != coding.dtype:
+            raise PlanFormatError(
+                f"{self.conductances.path}: tensor '{layer.cells_tensor}': {cells.dtype} {list(cells.shape)}, "
+                f"expected {coding.dtype} {list(expected)}"
+            )
+        return cells
+
+    def gain(self, layer: LayerPlan) -> npt.NDArray[np.float32]:
+        """Return a layer's gain, float32 [groups * outputs]."""
+        gain = self.conductances.read(layer.gain_tensor)
+        if gain.shape != (layer.groups * layer.outputs,) or gain.dtype != np.float32:
+            raise PlanFormatError(
+                f"{self.conductances.path}: tensor '{layer.gain_tensor}': {gain.dtype} {list(gain.shape)}, "
+                f"expected float32 [{layer.groups * layer.outputs}]"
+            )
+        return gain
+
+    def weights(self, layer: LayerPlan) -> npt.NDArray[np.float32]:
+        """Decode a layer's weights from its cells alone, float32 [groups * outputs, inputs]."""
+        return layer_coding(self.target, layer).decode(self.cells(layer), self.gain(layer))
+
+    def array_plan(self, array_id: int) -> ArrayPlan:
+        """Return an array of the plan by its id.
+
+        Raises:
+            ConfigError: There is none of that id.
+        """
+        if not 0 <= array_id < len(self.plan.arrays):
+            raise ConfigError(f"{self.folder}: no array {array_id}, expected 0 to {len(self.plan.arrays) - 1}")
+        return self.plan.arrays[array_id]
+
+    def array(self, array_id: int) -> npt.NDArray[Any]:
+        """Return the physical picture of an array, [rows, columns], as it is to be programmed.
+
+        Cells are float32 siemens or level codes. Spare cells hold ``g_off`` (code 0), but where a row and a column
+        belong to the same layer they hold a zero weight: that row is driven while that column is read.
+        """
+        array = self.array_plan(array_id)
+        coding = layer_coding(self.target, self.plan.layers[array.partitions[0].layer])
+        spare = coding.dtype.type(coding.low if coding.levels is None else 0)
+        picture = np.full((self.target.rows, self.target.columns), spare, coding.dtype)
+        zero = np.array([coding.zero_cells[k, _cell(role)] for k in array.slices for role in array.roles])
+        spans = [(p, *_footprint(p, len(zero))) for p in array.partitions]
+        for p, rows, _ in spans:
+            for q, _, others in spans:
+                if p.layer == q.layer:
+                    picture[rows, others] = np.tile(zero, (others.stop - others.start) // len(zero))
+        for partition in array.partitions:
+            self._program(picture, array, partition)
+        return picture
+
+    def _program(self, picture: npt.NDArray[Any], array: ArrayPlan, partition: Partition) -> None:
+        """Write the cells of one partition into the picture of its array."""
+        layer = self.plan.layers[partition.layer]
+        cells = self.cells(layer)
+        roles = [_cell(role) for role in array.roles]
+        for group, rows, columns in partition_blocks(partition, len(roles) * len(array.slices)):
+            outputs = np.array(partition.output_indices) + group * layer.outputs
+            block = cells[np.ix_(array.slices, roles, outputs, partition.input_indices)]
+            picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
+
+
+def partition_blocks(partition: Partition, width: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield (group, rows, columns) of each group of a partition: where its matrix lies on the array.
+
+    Args:
+        partition: The partition.
+        width: Columns that one output takes.
+    """
+    height, breadth = partition.input_count, partition.output_count * width
+    for k, group in enumerate(range(*partition.groups)):
+        row, column = partition.row + k * height, partition.column + k * breadth
+        yield group, slice(row, row + height), slice(column, column + breadth)
+
+
+def _footprint(partition: Partition, width: int) -> tuple[slice, slice]:
+    """Return all rows and all columns that a partition spans."""
+    groups = partition.groups[1] - partition.groups[0]
+    height, breadth = groups * partition.input_count, groups * partition.output_count * width
+    return slice(partition.row, partition.row + height), slice(partition.column, partition.column + breadth)
+
+
+def _cell(role: str) -> int:
+    return 0 if role == "plus" else 1
+
+
+def layer_coding(target: Target, layer: LayerPlan) -> Coding:
+    """Return the coding of a layer's weights, from the plan alone."""
+    return Coding(
+        scheme=layer.scheme,
+        g_off=target.cell.g_off,
+        g_on=target.cell.g_on,
+        levels=target.cell.levels,
+        level_table=target.cell.level_table,
+        slices=layer.slices,
+    )
+
+
+def load_deployment(folder: str | Path) -> Deployment:
+    """Read a deployment folder.
+
+    Args:
+        folder: The folder, or its ``plan.json``.
+
+    Raises:
+        PlanFormatError: The folder is no deployment, incomplete, damaged, or of a newer format. Checksums are compared
+            by ``rerampile verify``, not here.
+    """
+    path = Path(folder)
+    path = path.parent if path.name == PLAN and path.is_file() else path
+    if not (path / PLAN).is_file():
+        raise PlanFormatError(f"{path}: no {PLAN} in it, expected a deployment folder written by 'rerampile compile'")
+    plan = read_plan(path / PLAN)
+    for name, record in plan.files.items():
+        if Path(name).name != name:
+            raise PlanFormatError(f"{path / PLAN}: $.files: '{name}' is a path, expected the name of a file beside it")
+        file = path / name
+        if not file.is_file():
+            raise PlanFormatError(f"{path}: file '{name}' of the plan is missing; copy the whole folder")
+        if file.stat().st_size != record.bytes:
+            raise PlanFormatError(
+                f"{file}: {file.stat().st_size} bytes, expected {record.bytes}; it was truncated or changed"
+            )
+    target = Target.from_dict(plan.target, where=f"{path / PLAN}: $.target")
+    return Deployment(folder=path, plan=plan, target=target, conductances=TensorFile(path / CONDUCTANCES))

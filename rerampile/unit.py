@@ -1,0 +1,139 @@
+"""What passes hand on: one immutable record of a compilation, and the protocol of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.graph import ModelGraph
+from rerampile.layer import DigitalOperation, Layer
+from rerampile.onnx_file import ModelFile
+from rerampile.plan import ArrayPlan, Plan, Region
+from rerampile.schemes import Coding
+from rerampile.target import Target
+
+__all__ = ["CompileOptions", "MappedLayer", "Mask", "Pass", "Unit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """What the user asked for.
+
+    Attributes:
+        mapping: One of :data:`rerampile.schemes.SCHEMES`.
+        scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
+        masks: A masks file, or None.
+        pack: Whether small partitions of different layers share arrays.
+        seed: Seed of the generated inputs of the verification.
+        inputs: An .npz file of inputs for the verification, or None to generate them.
+        tolerance: Largest relative output error of the deployed model, or None for the default.
+        keep_stages: Whether to write what each pass produced.
+    """
+
+    mapping: str
+    scale: Literal["tensor", "channel"] = "channel"
+    prune: Mapping[str, float] = field(default_factory=dict)
+    masks: Path | None = None
+    pack: bool = False
+    seed: int = 0
+    inputs: Path | None = None
+    tolerance: float | None = None
+    keep_stages: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which weights of a layer are kept.
+
+    Attributes:
+        kept: bool [groups * outputs, inputs].
+        source: Where it comes from, as the plan tells.
+    """
+
+    kept: npt.NDArray[np.bool_] = field(repr=False)
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedLayer:
+    """How a layer's weights become cells.
+
+    Attributes:
+        coding: The coding of a weight into cells.
+        gain: float32 [groups * outputs], weight units a unit of difference.
+        nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
+        zeros: Number of zero weights.
+    """
+
+    coding: Coding
+    gain: npt.NDArray[np.float32] = field(repr=False)
+    nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
+    zeros: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One compilation; each pass returns it with more filled in.
+
+    Attributes:
+        model: The model as read.
+        graph: Its linked view.
+        target: The hardware.
+        options: What the user asked for.
+        folder: Where the deployment is being written (a temporary folder until it is whole).
+        layers: Filled by *find layers*.
+        digital: Filled by *find layers*.
+        masks: By layer name, filled by *prune*.
+        mapped: By layer name, filled by *map*.
+        arrays: Filled by *allocate*.
+        regions: Parts of matrices that take no cells, filled by *allocate*.
+        arrays_without_pruning: Filled by *allocate*.
+        plan: Filled by *emit*, completed by *verify*.
+    """
+
+    model: ModelFile
+    graph: ModelGraph
+    target: Target
+    options: CompileOptions
+    folder: Path
+    layers: tuple[Layer, ...] = ()
+    digital: tuple[DigitalOperation, ...] = ()
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    mapped: Mapping[str, MappedLayer] = field(default_factory=dict)
+    arrays: tuple[ArrayPlan, ...] = ()
+    regions: tuple[Region, ...] = ()
+    arrays_without_pruning: int = 0
+    plan: Plan | None = None
+
+    def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
+        """Return the weights to hold, folded and pruned, float32 [groups * outputs, inputs]; read anew each time."""
+        matrix = layer.matrix(self.graph)
+        mask = self.masks.get(layer.name)
+        return matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+
+
+class Pass(Protocol):
+    """One step of the compiler.
+
+    A pass takes a :class:`Unit` and returns a new one; it never changes what it was given. It may write files into
+    ``unit.folder``. It raises a :class:`rerampile.errors.RerampileError` for what the user can mend.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name that the progress line shows."""
+        ...
+
+    def run(self, unit: Unit) -> Unit:
+        """Return the unit with this pass' part filled in."""
+        ...
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        """Return what this pass produced in a few readable numbers, for the progress line and ``--keep-stages``."""
+        ...

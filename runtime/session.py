@@ -1,0 +1,46 @@
+"""ONNX Runtime sessions, opened one way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from rerampile.errors import FaultRunError
+
+__all__ = ["open_session", "run"]
+
+
+def open_session(model: Path | bytes) -> Any:
+    """Open a model with ONNX Runtime's default optimisations on the CPU.
+
+    Raises:
+        FaultRunError: ONNX Runtime refuses the model; its own words are kept.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = "the model" if isinstance(model, bytes) else str(model)
+        raise FaultRunError(f"ONNX Runtime cannot open {name}: {' '.join(str(error).split())[:400]}") from error
+
+
+def run(session: Any, inputs: Mapping[str, npt.NDArray[Any]]) -> Sequence[Any]:
+    """Run a session and return its outputs in order.
+
+    Raises:
+        FaultRunError: ONNX Runtime cannot run the inputs; its own words are kept.
+    """
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    try:
+        found: Sequence[Any] = session.run(None, {k: np.ascontiguousarray(v) for k, v in inputs.items()}, options)
+    except Exception as error:
+        raise FaultRunError(f"ONNX Runtime cannot run the model: {' '.join(str(error).split())[:400]}") from error
+    return found
