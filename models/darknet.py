@@ -33,17 +33,16 @@ from rerampile.errors import ModelError, RerampileError, UnsupportedModelError, 
 MOST_FLOATS = (2**31 - 2**24) // 4
 """Weights that fit one ONNX file, whose limit is 2 GiB."""
 
-UNSUPPORTED_KEYS = {
-    "convolutional": (
-        *("antialiasing", "assisted_excitation", "binary", "coordconv", "deform", "flipped", "rotate"),
-        *("share_index", "stretch", "stretch_sway", "sway", "tflite", "xnor"),
-    ),
-    "maxpool": ("antialiasing", "maxpool_depth"),
-    "route": ("stream",),
-    "shortcut": ("weights_type", "weights_normalization"),
-    "scale_channels": ("scale_wh",),
+UNSUPPORTED_KEYS: dict[str, dict[str, str]] = {
+    "convolutional": {"share_index": ""}
+    | dict.fromkeys(("antialiasing", "assisted_excitation", "binary", "coordconv", "dontload", "dontloadscales"), "0")
+    | dict.fromkeys(("flipped", "rotate", "stretch", "stretch_sway", "sway", "xnor"), "0"),
+    "maxpool": {"antialiasing": "0", "maxpool_depth": "0"},
+    "shortcut": {"weights_type": "none"},
+    "scale_channels": {"scale_wh": "0"},
+    "upsample": {"scale": "1"},
 }
-"""Options that change what a layer computes and that no ONNX is written for; training options do not matter here."""
+"""Options that change what a layer computes and that no ONNX is written for, with their harmless value."""
 
 ACTIVATIONS = {
     "linear": (),
@@ -265,9 +264,9 @@ class Importer:
         """Add the layer of one section."""
         if section.name not in LAYERS:
             raise section.unsupported(f"unknown section{did_you_mean(section.name, LAYERS)}")
-        for key in UNSUPPORTED_KEYS.get(section.name, ()):
-            if section.options.get(key, "0") not in ("0", "none"):
-                raise section.unsupported(f"{key}={section.options[key]} is not supported")
+        for key, harmless in UNSUPPORTED_KEYS.get(section.name, {}).items():
+            if (value := section.options.get(key, harmless)) != harmless:
+                raise section.unsupported(f"{key}={value} is not supported{harmless and f', expected {harmless}'}")
         self.layers.append(LAYERS[section.name](self, section))
 
     def name(self, part: str) -> str:
@@ -308,10 +307,9 @@ class Importer:
         filters, groups = section.integer("filters", 1, 1), section.integer("groups", 1, 1)
         if x.channels % groups or filters % groups:
             raise section.wrong(f"groups={groups}, expected a divisor of {x.channels} inputs and {filters} filters")
-        size, stride = section.integer("size", 1, 1), section.integer("stride", 1, 1)
-        strides = [section.integer(key, stride, 1) for key in ("stride_y", "stride_x")]
-        dilation = section.integer("dilation", 1, 1)
-        pad = size // 2 if section.integer("pad", 0) else section.integer("padding", 0)
+        size, strides = section.integer("size", 1, 1), self._strides(section)
+        dilation = section.integer("dilation", 1, 1) if size > 1 else 1
+        pad = dilation * (size // 2 if section.integer("pad", 0) else section.integer("padding", 0))
         normalised = section.integer("batch_normalize", 0) > 0
         roles = ("bias", "scale", "mean", "variance") if normalised else ("bias",)
         vectors = {role: self.weights.take(role, (filters,)) for role in roles}
@@ -330,17 +328,14 @@ class Importer:
         height, width = self._sizes(section, x, extent, strides, 2 * pad)
         return Map(self.activation(section, y, "logistic"), filters, height, width)
 
-    def maxpool(self, section: Section) -> Map:
-        """Greatest value; padded by size − 1 in all unless told otherwise, the smaller half in front."""
-        x = self.previous(section)
-        stride = section.integer("stride", 1, 1)
-        strides = [section.integer(key, stride, 1) for key in ("stride_y", "stride_x")]
-        size = section.integer("size", stride, 1)
+    def pool(self, section: Section) -> Map:
+        """Greatest value or mean; padded by size − 1 in all unless told otherwise, the smaller half in front."""
+        x, strides = self.previous(section), self._strides(section)
+        size = section.integer("size", section.integer("stride", 1, 1), 1)
         pad = section.integer("padding", size - 1, 0, 2 * (size - 1))
-        pads = [pad // 2] * 2 + [pad - pad // 2] * 2
-        y = self.graph.node(
-            "MaxPool", self.name("maxpool"), x.tensor, kernel_shape=[size] * 2, strides=strides, pads=pads
-        )
+        attributes = {"kernel_shape": [size] * 2, "strides": strides, "pads": [pad // 2] * 2 + [pad - pad // 2] * 2}
+        op = "MaxPool" if section.name == "maxpool" else "AveragePool"
+        y = self.graph.node(op, self.name("pool"), x.tensor, **attributes)
         return Map(y, x.channels, *self._sizes(section, x, size, strides, pad))
 
     def avgpool(self, section: Section) -> Map:
@@ -352,8 +347,6 @@ class Importer:
         """Repeat every value ``stride`` times in both directions."""
         x = self.previous(section)
         stride = section.integer("stride", 2, 1, 1024)
-        if section.real("scale", 1) != 1:
-            raise section.unsupported(f"scale={section.options['scale']} is not supported, expected 1")
         scales = gs.Constant(self.name("scales"), np.array([1, 1, stride, stride], np.float32))
         modes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         y = self.graph.node("Resize", self.name("upsample"), x.tensor, gs.Variable.empty(), scales, **modes)
@@ -426,6 +419,11 @@ class Importer:
         self.heads[name], self.decoding[name] = x, head
 
     @staticmethod
+    def _strides(section: Section) -> list[int]:
+        stride = section.integer("stride", 1, 1)
+        return [section.integer(key, stride, 1) for key in ("stride_y", "stride_x")]
+
+    @staticmethod
     def _sizes(section: Section, x: Map, extent: int, strides: Sequence[int], pad: int) -> tuple[int, int]:
         height, width = ((n + pad - extent) // s + 1 for n, s in zip(x.shape[1:], strides, strict=True))
         if height < 1 or width < 1:
@@ -444,7 +442,8 @@ class Importer:
 
 LAYERS: dict[str, Callable[[Importer, Section], Map | None]] = {
     "convolutional": Importer.convolutional,
-    "maxpool": Importer.maxpool,
+    "maxpool": Importer.pool,
+    "local_avgpool": Importer.pool,
     "avgpool": Importer.avgpool,
     "upsample": Importer.upsample,
     "route": Importer.route,

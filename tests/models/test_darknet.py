@@ -34,7 +34,11 @@ def layer(darknet: ModuleType, run: Run, image: np.ndarray) -> Callable[..., np.
 
     def evaluate(cfg: str, floats: np.ndarray | None = None) -> np.ndarray:
         weights = darknet.WeightsFile("tiny.weights", np.zeros(0, np.float32) if floats is None else floats)
-        return run(darknet.build(darknet.parse(NET + cfg, "tiny.cfg"), weights), image)[0]
+        model = darknet.build(darknet.parse(NET + cfg, "tiny.cfg"), weights)
+        y = run(model, image)[0]
+        declared = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]
+        assert list(y.shape[1:]) == declared[1:]
+        return y
 
     return evaluate
 
@@ -61,7 +65,9 @@ def convolve(x: np.ndarray, kernel: np.ndarray, stride: int, pad: int, groups: i
         ("size=3\npad=1\nstride=2\ngroups=2", 3, 2, 1, 2, 1),
         ("size=2\npadding=1\nstride=2", 2, 2, 1, 1, 1),
         ("size=5\npad=1\ngroups=4", 5, 1, 2, 4, 1),
-        ("size=3\npad=0\npadding=2\ndilation=2", 3, 1, 2, 1, 2),
+        ("size=3\npad=0\npadding=1\ndilation=2", 3, 1, 2, 1, 2),
+        ("size=3\npad=1\ndilation=3", 3, 1, 3, 1, 3),
+        ("size=1\npad=1\ndilation=3\nstride_x=2\nstride_y=2", 1, 2, 0, 1, 1),
     ],
 )
 def test_convolution_normalisation_and_leaky_read_the_floats_in_darknets_order(
@@ -109,18 +115,24 @@ def test_activations_follow_their_formulas(
     np.testing.assert_allclose(found, formula(image + bias[:, None, None]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "reduce"), [("maxpool", np.max), ("local_avgpool", np.mean)])
 @pytest.mark.parametrize(("size", "stride"), [(2, 1), (2, 2), (3, 1), (3, 2), (5, 1)])
-def test_maxpool_pads_as_darknet_does(
-    layer: Callable[..., np.ndarray], image: np.ndarray, size: int, stride: int
+def test_pools_pad_as_darknet_does(
+    layer: Callable[..., np.ndarray],
+    image: np.ndarray,
+    name: str,
+    reduce: Callable[..., np.ndarray],
+    size: int,
+    stride: int,
 ) -> None:
     pad = size - 1
-    found = layer(f"[maxpool]\nsize={size}\nstride={stride}\n")
+    found = layer(f"[{name}]\nsize={size}\nstride={stride}\n")
     height, width = ((n + pad - size) // stride + 1 for n in image.shape[2:])
     assert found.shape == (2, 4, height, width)
     for row, column in np.ndindex(height, width):
         top, left = row * stride - pad // 2, column * stride - pad // 2
         window = image[:, :, max(top, 0) : top + size, max(left, 0) : left + size]
-        np.testing.assert_array_equal(found[:, :, row, column], window.max((2, 3)))
+        np.testing.assert_allclose(found[:, :, row, column], reduce(window, axis=(2, 3)), atol=1e-6)
 
 
 def test_upsample_repeats_and_avgpool_averages(layer: Callable[..., np.ndarray], image: np.ndarray) -> None:
@@ -214,7 +226,8 @@ def test_every_float_must_be_used(darknet: ModuleType) -> None:
         (NET + "[lstm]\noutput=4\n", UnsupportedModelError, r"bad.cfg:5: \[lstm\]: unknown section"),
         (NET + "[maxpol]\n", UnsupportedModelError, "did you mean maxpool"),
         (NET + CONV.replace("linear", "mush"), UnsupportedModelError, r"bad.cfg:5: .*unknown activation 'mush' .*mish"),
-        (NET + CONV + "xnor=1\n", UnsupportedModelError, "xnor=1 is not supported"),
+        (NET + CONV + "xnor=1\n", UnsupportedModelError, "xnor=1 is not supported, expected 0"),
+        (NET + CONV + CONV + "share_index=0\n", UnsupportedModelError, "share_index=0 is not supported$"),
         (NET + CONV + "[shortcut]\nfrom=-1\nweights_type=per_channel\n", UnsupportedModelError, "per_channel is not"),
         (NET + CONV + "[upsample]\nscale=2\n", UnsupportedModelError, "scale=2 is not supported, expected 1"),
         (NET + CONV.replace("4", "four"), ModelError, "filters=four, expected a whole number"),
