@@ -267,7 +267,10 @@ class Importer:
         for key, harmless in UNSUPPORTED_KEYS.get(section.name, {}).items():
             if (value := section.options.get(key, harmless)) != harmless:
                 raise section.unsupported(f"{key}={value} is not supported{harmless and f', expected {harmless}'}")
-        self.layers.append(LAYERS[section.name](self, section))
+        found = LAYERS[section.name](self, section)
+        if found and max(found.shape) >= 2**31:
+            raise section.wrong(f"a map of {found}, expected at most {2**31 - 1} along each axis")
+        self.layers.append(found)
 
     def name(self, part: str) -> str:
         """Return a name for a node or tensor of the layer under construction."""

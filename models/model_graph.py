@@ -64,7 +64,7 @@ class ModelGraph:
         for name, (tensor, shape) in outputs.items():
             tensor.name, tensor.shape = name, [BATCH, *shape]
             self._graph.outputs.append(tensor)
-        model = gs.export_onnx(self._graph)
+        model: onnx.ModelProto = gs.export_onnx(self._graph)
         text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
         onnx.helper.set_model_props(model, text)
         model.producer_name = "rerampile"

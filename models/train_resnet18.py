@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,17 +185,35 @@ class Trainer:
         self.epoch += 1
         return float(total) / count
 
-    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Return the share of images, uint8 [n, 32, 32, 3], whose greatest logit is the label's."""
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the logits [n, classes] of images, uint8 [n, 32, 32, 3], by the network as it stands."""
         import torch
 
         self.network.eval()
-        right = 0
         with torch.inference_mode(), self.autocast():
-            for start in range(0, len(labels), 500):
-                logits = self.network(self.normalised(torch.tensor(images[start : start + 500]).to(self.device)))
-                right += int((logits.argmax(1).cpu().numpy() == labels[start : start + 500]).sum())
-        return right / len(labels)
+            images = self.normalised(torch.tensor(pixels).to(self.device))
+            return self.network(images).float().cpu().numpy()
+
+
+def accuracy(logits: Callable[[np.ndarray], np.ndarray], images: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of images, uint8 [n, 32, 32, 3], whose greatest logit is the label's."""
+    starts = range(0, len(labels), 500)
+    found = [logits(images[start : start + 500]).argmax(1) for start in starts]
+    return float((np.concatenate(found) == labels).mean())
+
+
+def file_logits(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what computes the logits of images, uint8 [n, 32, 32, 3], with a written model in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    mean, std = np.float32(resnet18.CIFAR10_MEAN), np.float32(resnet18.CIFAR10_STD)
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        images = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+        return np.asarray(session.run(["logits"], {"input": np.ascontiguousarray(images)})[0])
+
+    return logits
 
 
 def crop_and_flip(padded: torch.Tensor, chosen: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -235,18 +254,25 @@ def train(options: argparse.Namespace) -> None:
         trainer.seconds += seconds
         if options.checkpoint:
             trainer.save(options.checkpoint)
-        quick = trainer.accuracy(*held_out["test_batch"])
+        quick = accuracy(trainer.logits, *held_out["test_batch"])
         print(f"epoch {trainer.epoch}/{options.epochs}  loss {loss:.4f}  test {quick:.2%}  {seconds:.0f} s", flush=True)
     if trainer.epoch < options.epochs:
         return
-    for name, (images, wanted) in held_out.items():
-        print(f"{name}: {trainer.accuracy(images, wanted):.2%} of {len(wanted):,} images")
+    report("torch", trainer.logits, held_out)
     print(f"trained for {trainer.seconds:.0f} s")
     if options.out:
         state = {name: value.float().cpu().numpy() for name, value in trainer.network.state_dict().items()}
         model = resnet18.build(width=options.width, weights=state, half=True, metadata=resnet18.CIFAR10_METADATA)
         write(options.out, model)
-        print(options.out)
+        report(f"{options.out} in ONNX Runtime", file_logits(options.out), held_out)
+
+
+def report(
+    what: str, logits: Callable[[np.ndarray], np.ndarray], held_out: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Print the accuracy on each held-out set."""
+    for name, (images, labels) in held_out.items():
+        print(f"{what}: {accuracy(logits, images, labels):.2%} of {len(labels):,} images of {name}", flush=True)
 
 
 def main() -> None:

@@ -243,6 +243,7 @@ def test_every_float_must_be_used(darknet: ModuleType) -> None:
         (NET + CONV + "[sam]\nfrom=0\n[avgpool]\n[sam]\nfrom=0\n", ModelError, "multiplies maps .* which do not fit"),
         (NET + CONV + "[yolo]\nmask=0\nanchors=1,2\nclasses=1\n", ModelError, r"4 channels, expected 1 anchors × \(1"),
         (NET + CONV + "[yolo]\nmask=1\nanchors=1,2\nclasses=1\n", ModelError, "2 anchor numbers and mask=1, which do"),
+        (NET + 3 * "[upsample]\nstride=1024\n", ModelError, "a map of 4×6442450944×8589934592, expected at most"),
         (NET, ModelError, "the network computes nothing, expected at least one layer"),
         (NET + "[dropout]\n", ModelError, "the network computes nothing, expected at least one layer"),
         (CONV, ModelError, r"bad.cfg: not a darknet network, expected \[net\] as its first section"),
