@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,7 +134,10 @@ class Trainer:
         """Take up the training where the checkpoint left it."""
         import torch
 
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            raise DataError(f"{path}: not a whole checkpoint of this trainer; delete it to start anew") from error
         if state["recipe"] != self.recipe():
             raise ConfigError(
                 f"{path}: checkpoint of recipe {state['recipe']}, expected {self.recipe()}; use another --checkpoint"
@@ -232,10 +236,29 @@ def crop_and_flip(padded: torch.Tensor, chosen: torch.Tensor, size: int, generat
     return padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse options out of range before any work is done."""
+    import torch
+
+    for name, least in (
+        ("epochs", 1),
+        ("batch", 1),
+        ("width", 1),
+        ("small_epochs", 0),
+        ("stop_after", 0),
+        ("threads", 0),
+    ):
+        if (value := getattr(options, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {options.device}: torch finds no GPU; use --device cpu")
+
+
 def train(options: argparse.Namespace) -> None:
     """Train, or take a checkpoint to its end; report the accuracy; write the model where asked."""
     import torch
 
+    check(options)
     parts = [read_batch(options.data / f"data_batch_{k}.bin") for k in (1, 2, 3, 4)]
     held_out = {name: read_batch(options.data / f"{name}.bin") for name in ("data_batch_5", "test_batch")}
     border = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))

@@ -160,3 +160,7 @@ def test_training_resumes_where_it_stopped(models_folder: Path, tmp_path: Path) 
     other = train("whole.pt", "--epochs", "3")
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "use another --checkpoint" in other.stderr
+    (tmp_path / "broken.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:1000])
+    broken = train("broken.pt", "--epochs", "2")
+    assert (broken.returncode, broken.stderr.count("\n")) == (1, 1)
+    assert "broken.pt: not a whole checkpoint of this trainer; delete it to start anew" in broken.stderr
