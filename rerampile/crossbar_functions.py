@@ -26,6 +26,7 @@ DOMAIN = "ai.rerampile"
 DOMAIN_VERSION = 1
 
 _FLOAT = TensorProto.FLOAT
+_INTEGER_CONSTANTS_OPSET = 9  # before it, Constant holds floating point numbers only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,9 @@ class CellInputs:
 
 @dataclass
 class _Body:
-    """A function body under construction, in terms of its formal names."""
+    """A function body under construction, in terms of its formal names, in a version of the standard operators."""
 
+    opset: int
     inputs: list[str] = field(default_factory=list)
     nodes: list[NodeProto] = field(default_factory=list)
     attributes: dict[str, AttributeProto] = field(default_factory=dict)
@@ -69,12 +71,14 @@ class _Body:
 
     def shape(self, name: str, shape: Sequence[int]) -> str:
         """Return a tensor that holds a shape, which the caller passes as attribute ``name``."""
-        values = helper.make_tensor(name, TensorProto.INT64, [len(shape)], list(shape))
+        floats_only = self.opset < _INTEGER_CONSTANTS_OPSET
+        kind, output = (TensorProto.DOUBLE, f"{name}_numbers") if floats_only else (TensorProto.INT64, f"{name}_ints")
+        values = helper.make_tensor(name, kind, [len(shape)], list(shape))
         self.attributes[name] = helper.make_attribute(name, values)
-        node = helper.make_node("Constant", [], [f"{name}_ints"])
+        node = helper.make_node("Constant", [], [output])
         node.attribute.append(AttributeProto(name="value", ref_attr_name=name, type=AttributeProto.TENSOR))
         self.nodes.append(node)
-        return f"{name}_ints"
+        return self.op("Cast", [output], f"{name}_ints", to=TensorProto.INT64) if floats_only else output
 
 
 class FunctionLibrary:
@@ -111,7 +115,7 @@ class FunctionLibrary:
             data: Name of the data input where folding moved it, or None.
             outputs: Output names of the call.
         """
-        body, actual = _Body(), []
+        body, actual = _Body(max((o.version for o in self._opset_imports), default=1)), []
         formals: dict[int, str] = {}
         dropped = _INTEGER_WEIGHT_ZERO_POINTS.get(node.op, {})
         for slot, name in enumerate(node.proto.input):
