@@ -25,6 +25,7 @@ __all__ = ["Allocate"]
 
 Role = Literal["plus", "minus"]
 Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, unit: Unit) -> Unit:
-        """Fill ``arrays``, ``regions`` and ``arrays_without_pruning``.
+        """Fill ``arrays``, ``regions`` and the counts without pruning and packing.
 
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.
@@ -48,6 +49,7 @@ class Allocate:
             bins.extend(_stack(grid, pieces))
             regions.extend(empty)
             dense += grid.dense_count(layer)
+        before_packing = len(bins)
         if unit.options.pack:
             bins = _pack(grid, bins)
         _check_capacity(unit.target, len(bins) * len(grid.roles))
@@ -56,11 +58,16 @@ class Allocate:
             arrays=tuple(_place(grid, unit.target, bins)),
             regions=tuple(regions),
             arrays_without_pruning=dense * len(grid.roles),
+            arrays_before_packing=before_packing * len(grid.roles),
         )
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the number of arrays and what leaving out zeros saved."""
-        return {"arrays": len(unit.arrays), "without pruning": unit.arrays_without_pruning}
+        return {
+            "arrays": len(unit.arrays),
+            "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
+            "saved by packing": unit.arrays_before_packing - len(unit.arrays),
+        }
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class _Grid:
         coding = next(iter(unit.mapped.values())).coding
         cells: tuple[Role, ...] = ("plus", "minus") if coding.cells == 2 else ("plus",)
         twin = target.pair_layout == "twin" and len(cells) == 2
-        roles = (("plus",), ("minus",)) if twin else (cells,)
+        roles: tuple[tuple[Role, ...], ...] = (("plus",), ("minus",)) if twin else (cells,)
         width = len(roles[0]) * coding.slices
         if width > target.columns:
             raise CapacityError(
@@ -154,10 +161,10 @@ def _cut(grid: _Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[l
         return pieces, []
     pieces, regions = [], []
     for group, nonzero in enumerate(mapped.nonzero.reshape(view.groups, view.outputs, view.inputs)):
-        kept = nonzero.any(axis=1)
+        kept: Flags = np.asarray(nonzero.any(axis=1))
         regions += _empty_region(number, group, ~kept, np.ones(view.inputs, np.bool_))
         for columns in _chunks(np.flatnonzero(kept), grid.outputs):
-            needed = nonzero[columns].any(axis=0)
+            needed: Flags = np.asarray(nonzero[columns].any(axis=0))
             regions += _empty_region(number, group, _as_flags(columns, view.outputs), ~needed)
             pieces += [_piece(number, group, rows, columns) for rows in _chunks(np.flatnonzero(needed), grid.rows)]
     return _merge_whole_groups(grid, layer, number, pieces), regions
@@ -187,9 +194,7 @@ def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
     return _Piece(partition, len(rows), len(columns), group)
 
 
-def _empty_region(
-    number: int, group: int, outputs: npt.NDArray[np.bool_], inputs: npt.NDArray[np.bool_]
-) -> list[Region]:
+def _empty_region(number: int, group: int, outputs: Flags, inputs: Flags) -> list[Region]:
     if not outputs.any() or not inputs.any():
         return []
     spans = {**_span("input", np.flatnonzero(inputs)), **_span("output", np.flatnonzero(outputs))}
@@ -209,7 +214,7 @@ def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
         yield indices[start : start + size]
 
 
-def _as_flags(indices: Indices, size: int) -> npt.NDArray[np.bool_]:
+def _as_flags(indices: Indices, size: int) -> Flags:
     flags = np.zeros(size, np.bool_)
     flags[indices] = True
     return flags

@@ -74,8 +74,8 @@ def _write_conductances(unit: Unit) -> tuple[TensorWriter, dict[str, float]]:
     tensors: list[tuple[str, npt.DTypeLike, tuple[int, ...]]] = []
     for layer in unit.layers:
         mapped = unit.mapped[layer.name]
-        cells = (mapped.coding.slices, mapped.coding.cells, *layer.view.shape)
-        tensors += [(f"{layer.name}.cells", mapped.coding.dtype, cells), (f"{layer.name}.gain", np.float32, cells[2:3])]
+        shape = (mapped.coding.slices, mapped.coding.cells, *layer.view.shape)
+        tensors += [(f"{layer.name}.cells", mapped.coding.dtype, shape), (f"{layer.name}.gain", np.float32, shape[2:3])]
     means: dict[str, float] = {}
     by_tensor = {f"{layer.name}.{kind}": (layer, kind) for layer in unit.layers for kind in ("cells", "gain")}
     with TensorWriter(unit.folder / CONDUCTANCES, tensors, {"format": "rerampile-conductances"}) as writer:
@@ -367,7 +367,9 @@ def _totals(unit: Unit, mean_conductance: Mapping[str, float]) -> Totals:
         cells_used=used,
         utilisation=used / cells if cells else 0.0,
         arrays_without_pruning=unit.arrays_without_pruning,
-        arrays_saved=unit.arrays_without_pruning - len(unit.arrays),
+        arrays_before_packing=unit.arrays_before_packing,
+        arrays_saved_by_pruning=unit.arrays_without_pruning - unit.arrays_before_packing,
+        arrays_saved_by_packing=unit.arrays_before_packing - len(unit.arrays),
         weights_without_cells=weights - placed // sets,
         mean_pair_conductance=pair,
         digital_operations=len(unit.digital),

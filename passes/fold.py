@@ -1,9 +1,10 @@
 """Fold per-channel affine operations around a mapped layer into its weights and bias.
 
 What follows a layer (BatchNormalization, constant Mul, Div, Add, Sub) scales the outputs: ``w' = m * w``,
-``b' = m * b + a``. What precedes it scales the inputs: ``w' = w * m``, ``b' = b + sum(w * a)`` (summed over the weights that the cells
-will hold, once they are known); an addend is exact only where no padding mixes zeros into it. Folding happens in float64, once, before anything is mapped. A fold is made only
-where nobody else reads the tensor in between, so that the model's outputs stay what they were.
+``b' = m * b + a``. What precedes it scales the inputs: ``w' = w * m``, ``b' = b + sum(w * a)``, summed over the weights
+that the cells will hold, once they are known; an addend is exact only where no padding mixes zeros into it. Folding
+happens in float64, once, before anything is mapped. A fold is made only where nobody else reads the tensor in between,
+so that the model's outputs stay what they were.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rerampile.errors import ModelError
 from rerampile.layer import Layer
-from rerampile.schemes import Coding
+from rerampile.schemes import Coding, Scheme
 from rerampile.target import Target
 from rerampile.unit import MappedLayer, Unit
 
@@ -39,7 +39,7 @@ class Map:
         return {"scheme": unit.options.mapping, "scale": unit.options.scale, "weights": weights}
 
 
-def coding_for(target: Target, scheme: str) -> Coding:
+def coding_for(target: Target, scheme: Scheme) -> Coding:
     """Return the coding of weights into a target's cells under a mapping scheme."""
     cell = target.cell
     return Coding(

@@ -158,4 +158,4 @@ def decode_layer(deployment: Deployment, layer: LayerPlan) -> DecodedLayer:
             f"expected {low:g} to {high:g}"
         )
     weights = coding.decode(cells, deployment.gain(layer))
-    return DecodedLayer(weights, hashlib.sha256(memoryview(weights).cast("B")).hexdigest())
+    return DecodedLayer(weights, hashlib.sha256(weights.view(np.uint8).data).hexdigest())

@@ -20,7 +20,7 @@ from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import SCHEMES
+from rerampile.schemes import SCHEMES, Scheme
 from rerampile.target import Target
 from rerampile.unit import CompileOptions, Pass, Unit
 
@@ -173,15 +173,18 @@ def _move_into_place(folder: Path, out: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _known_scheme(mapping: str) -> str:
-    if mapping not in SCHEMES:
-        raise ConfigError(f"mapping '{mapping}': expected one of {', '.join(SCHEMES)}{did_you_mean(mapping, SCHEMES)}")
-    return mapping
+def _known_scheme(mapping: str) -> Scheme:
+    for scheme in SCHEMES:
+        if scheme == mapping:
+            return scheme
+    raise ConfigError(f"mapping '{mapping}': no such scheme{did_you_mean(mapping, SCHEMES)}")
 
 
 def _known_scale(scale: str) -> Literal["tensor", "channel"]:
-    if scale == "tensor" or scale == "channel":  # noqa: PLR1714 (narrows the type)
-        return scale
+    if scale == "tensor":
+        return "tensor"
+    if scale == "channel":
+        return "channel"
     raise ConfigError(f"scale '{scale}': expected tensor or channel")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,7 +62,7 @@ class _Body:
         self.inputs.append(name)
         return name
 
-    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
         return output
 

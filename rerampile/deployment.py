@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,10 +117,11 @@ class Deployment:
         """Write the cells of one partition into the picture of its array."""
         layer = self.plan.layers[partition.layer]
         cells = self.cells(layer)
-        roles = [_cell(role) for role in array.roles]
-        for group, rows, columns in partition_blocks(partition, len(roles) * len(array.slices)):
+        roles = np.array([_cell(role) for role in array.roles])
+        slices = np.array(array.slices)
+        for group, rows, columns in partition_blocks(partition, len(roles) * len(slices)):
             outputs = np.array(partition.output_indices) + group * layer.outputs
-            block = cells[np.ix_(array.slices, roles, outputs, partition.input_indices)]
+            block = cells[np.ix_(slices, roles, outputs, np.array(partition.input_indices))]
             picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
 
 
@@ -159,7 +161,7 @@ def layer_coding(target: Target, layer: LayerPlan) -> Coding:
     )
 
 
-def load_deployment(folder: str | Path) -> Deployment:
+def load_deployment(folder: str | os.PathLike[str]) -> Deployment:
     """Read a deployment folder.
 
     Args:

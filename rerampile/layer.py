@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,7 @@ class Fold:
 
     node: GraphNode
     op: str
-    side: str
+    side: Literal["before", "after"]
 
 
 @dataclass(frozen=True, kw_only=True)

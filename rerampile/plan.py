@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
+from rerampile.schemes import Scheme
 
 __all__ = [
     "FORMAT_VERSION",
@@ -51,14 +52,14 @@ class _Record(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     """A part of the plan; unknown fields are refused."""
 
 
-class Producer(_Record, kw_only=True):
+class Producer(_Record, kw_only=True, frozen=True):
     """The program that wrote the plan."""
 
     name: str
     version: str
 
 
-class ModelRecord(_Record, kw_only=True):
+class ModelRecord(_Record, kw_only=True, frozen=True):
     """The model that was compiled."""
 
     name: str
@@ -73,7 +74,7 @@ class ModelRecord(_Record, kw_only=True):
     deployed_ir_version: Count = 0
 
 
-class Conventions(_Record, kw_only=True):
+class Conventions(_Record, kw_only=True, frozen=True):
     """What the numbers of the plan mean, stated in every plan so that no reader has to guess."""
 
     rows: str = "word lines; inputs of a matrix; row r of an array is driven by one input"
@@ -97,14 +98,14 @@ class Conventions(_Record, kw_only=True):
     faults: str = "stuck_on = fixed at G_on (LRS); stuck_off = fixed at G_off (HRS)"
 
 
-class FileRecord(_Record, kw_only=True):
+class FileRecord(_Record, kw_only=True, frozen=True):
     """A file of the deployment folder."""
 
     sha256: Sha256
     bytes: Count
 
 
-class Use(_Record, kw_only=True):
+class Use(_Record, kw_only=True, frozen=True):
     """A graph node that reads a layer's weights."""
 
     node: str
@@ -112,7 +113,7 @@ class Use(_Record, kw_only=True):
     input: Count
 
 
-class FoldPlan(_Record, kw_only=True):
+class FoldPlan(_Record, kw_only=True, frozen=True):
     """A digital operation that was folded into a layer."""
 
     node: str
@@ -120,7 +121,7 @@ class FoldPlan(_Record, kw_only=True):
     side: Literal["before", "after"]
 
 
-class MaskPlan(_Record, kw_only=True):
+class MaskPlan(_Record, kw_only=True, frozen=True):
     """How a layer was pruned."""
 
     source: str
@@ -129,7 +130,7 @@ class MaskPlan(_Record, kw_only=True):
     total: Count
 
 
-class LayerPlan(_Record, kw_only=True):
+class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells."""
 
     name: str
@@ -144,7 +145,7 @@ class LayerPlan(_Record, kw_only=True):
     element_type: str
     stored_shape: list[Count]
     permutation: list[Count] | None
-    scheme: Literal["two_column", "differential", "offset", "balanced"]
+    scheme: Scheme
     cells: Annotated[int, Meta(ge=1, le=2)]
     slices: Annotated[int, Meta(ge=1)]
     significances: list[float]
@@ -162,7 +163,7 @@ class LayerPlan(_Record, kw_only=True):
     constant_chain: list[str] = []
 
 
-class Partition(_Record, kw_only=True, omit_defaults=True):
+class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """The piece of a layer's matrices that sits on one array.
 
     ``inputs`` and ``outputs`` are ranges of one group's matrix, or lists of its indices where rows or columns were
@@ -201,7 +202,7 @@ class Partition(_Record, kw_only=True, omit_defaults=True):
         return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
 
 
-class ArrayPlan(_Record, kw_only=True, omit_defaults=True):
+class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold."""
 
     id: Count
@@ -215,7 +216,7 @@ class ArrayPlan(_Record, kw_only=True, omit_defaults=True):
     twin: Count | None = None
 
 
-class Region(_Record, kw_only=True, omit_defaults=True):
+class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """A rectangle of a layer's matrix that takes no cells: all its weights are zero."""
 
     layer: Count
@@ -227,7 +228,7 @@ class Region(_Record, kw_only=True, omit_defaults=True):
     output_index: list[Count] | None = None
 
 
-class DigitalPlan(_Record, kw_only=True):
+class DigitalPlan(_Record, kw_only=True, frozen=True):
     """A node that runs digitally, with the reason."""
 
     node: str
@@ -236,7 +237,7 @@ class DigitalPlan(_Record, kw_only=True):
     reason: str
 
 
-class Totals(_Record, kw_only=True):
+class Totals(_Record, kw_only=True, frozen=True):
     """Sums over the plan."""
 
     layers: Count
@@ -249,13 +250,15 @@ class Totals(_Record, kw_only=True):
     cells_used: Count
     utilisation: Fraction
     arrays_without_pruning: Count
-    arrays_saved: int
+    arrays_before_packing: Count
+    arrays_saved_by_pruning: int
+    arrays_saved_by_packing: int
     weights_without_cells: Count
     mean_pair_conductance: float
     digital_operations: Count
 
 
-class OutputError(_Record, kw_only=True):
+class OutputError(_Record, kw_only=True, frozen=True):
     """How far one output of the deployed model is from the reference's."""
 
     output: str
@@ -264,7 +267,7 @@ class OutputError(_Record, kw_only=True):
     relative_error: float
 
 
-class Verification(_Record, kw_only=True):
+class Verification(_Record, kw_only=True, frozen=True):
     """What compile checked, and found."""
 
     max_weight_error: float
@@ -273,12 +276,12 @@ class Verification(_Record, kw_only=True):
     seed: Count
     inputs: str
     tolerance: float
+    sensitivity: float | None = None
     outputs: list[OutputError]
     outputs_unquantised: list[OutputError] = []
-    skipped: str | None = None
 
 
-class Plan(_Record, kw_only=True):
+class Plan(_Record, kw_only=True, frozen=True):
     """A deployment plan: where every weight of a model sits on the crossbars of a target."""
 
     format: Literal["rerampile-plan"] = "rerampile-plan"

@@ -26,14 +26,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SCHEMES", "Coding"]
+__all__ = ["SCHEMES", "Coding", "Scheme"]
 
-SCHEMES = ("two_column", "differential", "offset", "balanced")
+Scheme = Literal["two_column", "differential", "offset", "balanced"]
+SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -55,7 +56,7 @@ class Coding:
         slices: Cells a weight is sliced over (times two for a pair); more than one needs discrete levels.
     """
 
-    scheme: str
+    scheme: Scheme
     g_off: float
     g_on: float
     levels: int | None = None
@@ -80,7 +81,7 @@ class Coding:
         return self.levels is not None and self.level_table is None
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Literal["S", "level"]:
         """What one unit of a difference is, so what ``gain`` is weight units of."""
         return "level" if self.integer else "S"
 
@@ -174,7 +175,8 @@ class Coding:
         if self.cells == 1:
             return np.subtract(self._value(cells[:, 0]), np.float32(self.reference))
         if self.slices == 1 and self.cell_values is None:
-            return np.subtract(cells[0, 0], cells[0, 1], dtype=np.float32)
+            plain: Floats = np.subtract(cells[0, 0], cells[0, 1], dtype=np.float32)
+            return plain
         return np.subtract(self._value(cells[:, 0]), self._value(cells[:, 1]))
 
     def _value(self, slices: Iterable[Array]) -> Floats:
@@ -184,7 +186,8 @@ class Coding:
             (code if values is None else values[code]) * np.float32(significance)
             for significance, code in zip(self.significances, slices, strict=True)
         )
-        return functools.reduce(np.add, parts).astype(np.float32, copy=False)
+        total: Floats = functools.reduce(np.add, parts).astype(np.float32, copy=False)
+        return total
 
     @cached_property
     def cell_values(self) -> Floats | None:

@@ -111,7 +111,7 @@ class TensorWriter:
         spec = self.specs[name]
         if self._waiting.pop() != name or values.shape != spec.shape or values.dtype != spec.dtype:
             raise InternalError(f"{self.path}: tensor '{name}' written out of order or not as announced")
-        self._put(memoryview(np.ascontiguousarray(values)).cast("B") if values.size else b"")
+        self._put(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b"")
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)

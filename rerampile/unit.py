@@ -14,7 +14,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, Plan, Region
-from rerampile.schemes import Coding
+from rerampile.schemes import Coding, Scheme
 from rerampile.target import Target
 
 __all__ = ["CompileOptions", "MappedLayer", "Mask", "Pass", "Unit"]
@@ -36,7 +36,7 @@ class CompileOptions:
         keep_stages: Whether to write what each pass produced.
     """
 
-    mapping: str
+    mapping: Scheme
     scale: Literal["tensor", "channel"] = "channel"
     prune: Mapping[str, float] = field(default_factory=dict)
     masks: Path | None = None
@@ -94,6 +94,7 @@ class Unit:
         arrays: Filled by *allocate*.
         regions: Parts of matrices that take no cells, filled by *allocate*.
         arrays_without_pruning: Filled by *allocate*.
+        arrays_before_packing: Filled by *allocate*.
         plan: Filled by *emit*, completed by *verify*.
     """
 
@@ -109,6 +110,7 @@ class Unit:
     arrays: tuple[ArrayPlan, ...] = ()
     regions: tuple[Region, ...] = ()
     arrays_without_pruning: int = 0
+    arrays_before_packing: int = 0
     plan: Plan | None = None
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:

@@ -31,7 +31,8 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
 
     Args:
         unit: The compilation.
-        weights: Gives a layer's weights as the model's file holds them (before folds), float32 [groups * outputs, inputs].
+        weights: Gives a layer's weights before folds, as the model's file would hold them, float32
+            [groups * outputs, inputs].
         folder: An empty folder to write into.
     """
     names = {layer.name: f"{layer.name}__reference" for layer in unit.layers}
@@ -83,7 +84,7 @@ def _values(
 def _original_tensor(graph: ModelGraph, layer: Layer, matrix: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """Return a matrix as the weight tensor that the layer's nodes read, in its own type."""
     tensor = layer.view.tensor(matrix)
-    dtype = np.dtype(_dtype(layer))
+    dtype = _dtype(layer)
     if not layer.integer:
         return tensor.astype(dtype)
     if layer.zero_point is not None:
@@ -92,5 +93,5 @@ def _original_tensor(graph: ModelGraph, layer: Layer, matrix: npt.NDArray[np.flo
     return np.clip(np.rint(tensor), info.min, info.max).astype(dtype)
 
 
-def _dtype(layer: Layer) -> Any:
+def _dtype(layer: Layer) -> np.dtype[Any]:
     return helper.tensor_dtype_to_np_dtype(layer.element_type)
