@@ -24,13 +24,23 @@ from typing import Any, NamedTuple, TypeVar
 from rerampile.errors import CapacityError, ConfigError, did_you_mean
 from rerampile.schemes import SCHEMES
 
-__all__ = ["PAIR_LAYOUTS", "Address", "Cell", "Stuck", "Target", "preset_names", "preset_text", "to_toml"]
+__all__ = [
+    "PAIR_LAYOUTS",
+    "WORDS_FOR_NONE",
+    "Address",
+    "Cell",
+    "Stuck",
+    "Target",
+    "preset_names",
+    "preset_text",
+    "to_toml",
+]
 
 PAIR_LAYOUTS = ("adjacent", "twin")
 
 _COUNTS = ("arrays_per_core", "cores_per_tile", "tiles_per_chip", "chips")  # inner to outer
-_WORDS = {"levels": "analog", "level_table": "uniform", "dac_bits": "ideal", "adc_bits": "ideal"}
-_WORDS |= dict.fromkeys(_COUNTS, "unlimited")
+WORDS_FOR_NONE = {"levels": "analog", "level_table": "uniform", "dac_bits": "ideal", "adc_bits": "ideal"}
+WORDS_FOR_NONE |= dict.fromkeys(_COUNTS, "unlimited")
 
 _FILE_LIMIT = 1_000_000  # bytes: room for a table of 2**15 levels, and nothing that takes long to parse
 _CODE_LIMIT = 2**24  # whole numbers up to here are exact in float32
@@ -50,7 +60,7 @@ def _expected(key: str, what: str, found: object) -> ConfigError:
 
 def _integer(low: int, high: int) -> Check:
     def check(key: str, value: Any) -> int | None:
-        word = _WORDS.get(key)
+        word = WORDS_FOR_NONE.get(key)
         if word is not None and (value is None or value == word):
             return None
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
@@ -69,10 +79,10 @@ def _siemens(key: str, value: Any) -> float:
 
 
 def _level_table(key: str, value: Any) -> tuple[float, ...] | None:
-    if value is None or value == _WORDS[key]:
+    if value is None or value == WORDS_FOR_NONE[key]:
         return None
     if not isinstance(value, list | tuple):
-        raise _expected(key, f'a list of conductances in siemens or "{_WORDS[key]}"', value)
+        raise _expected(key, f'a list of conductances in siemens or "{WORDS_FOR_NONE[key]}"', value)
     return tuple(_siemens(f"{key}[{level}]", conductance) for level, conductance in enumerate(value))
 
 
@@ -328,13 +338,18 @@ class Target:
         return _build(cls, _table(where, data), f"{where}: ")
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike[str]) -> Target:
-        """Read a preset by its name, or a TOML file by its path (which ends in ``.toml`` or has a folder)."""
+    def load(cls, name_or_path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Target:
+        """Read a preset by its name, or a TOML file by its path (which ends in ``.toml`` or has a folder).
+
+        Args:
+            name_or_path: The name or the path.
+            changes: Values that replace or add to those of the file, by dotted key (``cell.levels``). What the file
+                leaves out follows from them as if they were written there.
+        """
         text = os.fspath(name_or_path)
         is_path = not isinstance(name_or_path, str) or text.endswith(".toml") or Path(text).name != text
-        if is_path:
-            return _parse(_read(Path(text)), text)
-        return _parse(preset_text(text), f"preset {text}")
+        where, toml = (text, _read(Path(text))) if is_path else (f"preset {text}", preset_text(text))
+        return cls.from_dict(_changed(_parse(toml, where), changes or {}, where), where)
 
 
 _TARGET_CHECKS: dict[str, Check] = {
@@ -375,7 +390,7 @@ def _plain(instance: Any) -> dict[str, Any]:
     for field in fields(instance):
         value = getattr(instance, field.name)
         if value is None:
-            value = _WORDS[field.name]
+            value = WORDS_FOR_NONE[field.name]
         elif is_dataclass(value):
             value = _plain(value)
         elif isinstance(value, tuple):
@@ -408,9 +423,21 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _parse(text: str, where: str) -> Target:
+def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number too long to convert is a plain ValueError
         raise ConfigError(f"{where}: not valid TOML: {error}") from None
-    return Target.from_dict(data, where)
+
+
+def _changed(data: dict[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a freshly parsed table with single values set by dotted key."""
+    for dotted, value in changes.items():
+        *parts, key = dotted.split(".")
+        table = data
+        for part in parts:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{where}: {dotted}: '{part}' is a value, expected a table of keys")
+        table[key] = value
+    return data
