@@ -175,7 +175,14 @@ def _diagonal_pieces(number: int, layer: Layer, at_once: int) -> Iterator[_Piece
     view = layer.view
     for first in range(0, view.groups, at_once):
         last = min(first + at_once, view.groups)
-        partition = Partition(layer=number, groups=(first, last), inputs=(0, view.inputs), outputs=(0, view.outputs))
+        partition = Partition(
+            layer=number,
+            row=0,
+            column=0,
+            groups=(first, last),
+            inputs=(0, view.inputs),
+            outputs=(0, view.outputs),
+        )
         yield _Piece(partition, (last - first) * view.inputs, (last - first) * view.outputs, first)
 
 
@@ -190,7 +197,8 @@ def _merge_whole_groups(grid: _Grid, layer: Layer, number: int, pieces: list[_Pi
 
 
 def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
-    partition = Partition(layer=number, groups=(group, group + 1), **_span("input", rows), **_span("output", columns))
+    spans = {**_span("input", rows), **_span("output", columns)}
+    partition = Partition(layer=number, row=0, column=0, groups=(group, group + 1), **spans)
     return _Piece(partition, len(rows), len(columns), group)
 
 

@@ -271,6 +271,8 @@ def _in_conductances(tensor: TensorProto) -> bool:
 def _plan(unit: Unit, files: Mapping[str, FileRecord], mean_conductance: Mapping[str, float]) -> Plan:
     proto = unit.model.proto
     return Plan(
+        format="rerampile-plan",
+        format_version=1,
         producer=Producer(name="rerampile", version=rerampile.version.__version__),
         model=ModelRecord(
             name=unit.model.name,

@@ -35,7 +35,6 @@ __all__ = [
     "Verification",
     "decode_plan",
     "encode_plan",
-    "plan_schema",
     "read_plan",
 ]
 
@@ -53,14 +52,32 @@ class _Record(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class Producer(_Record, kw_only=True, frozen=True):
-    """The program that wrote the plan."""
+    """The program that wrote the plan.
+
+    Attributes:
+        name: Its name.
+        version: Its version.
+    """
 
     name: str
     version: str
 
 
 class ModelRecord(_Record, kw_only=True, frozen=True):
-    """The model that was compiled."""
+    """The model that was compiled.
+
+    Attributes:
+        name: File name; the name of the graph where the model came without a file.
+        sha256: Hash of the model file.
+        bytes: Size of the model file and its external data.
+        ir_version: ONNX IR version of the model.
+        opset: Version of the standard operator set that the compiler worked with.
+        graph: Name of the graph.
+        external_data: Hash of each external data file, by its location relative to the model.
+        inlined_functions: Model-local functions that were inlined before compiling.
+        converted_from_opset: Operator set of the file, where it was too old and converted up to ``opset``.
+        deployed_ir_version: IR version of ``deployed.onnx``.
+    """
 
     name: str
     sha256: Sha256
@@ -75,7 +92,24 @@ class ModelRecord(_Record, kw_only=True, frozen=True):
 
 
 class Conventions(_Record, kw_only=True, frozen=True):
-    """What the numbers of the plan mean, stated in every plan so that no reader has to guess."""
+    """What the numbers of the plan mean, stated in every plan so that no reader has to guess.
+
+    Attributes:
+        rows: What a row of an array is.
+        columns: What a column of an array is.
+        matrix: Axes of a weight matrix.
+        cells_tensor: Axes of a layer's tensor of cells.
+        slice_order: Order of slices.
+        column_order: Order of columns inside a partition.
+        weight: How a weight is decoded.
+        index_base: What counting starts from.
+        ranges: What a range of two numbers includes.
+        conductance_unit: Unit of every conductance in the plan and of analog cells.
+        level_code: What a level code means.
+        spare_cells: What cells hold that hold no weight.
+        shared_arrays: What happens on an array of several layers.
+        faults: What the fault words mean.
+    """
 
     rows: str = "word lines; inputs of a matrix; row r of an array is driven by one input"
     columns: str = "bit lines; outputs of a matrix; a column sums the currents of its cells"
@@ -99,14 +133,26 @@ class Conventions(_Record, kw_only=True, frozen=True):
 
 
 class FileRecord(_Record, kw_only=True, frozen=True):
-    """A file of the deployment folder."""
+    """A file of the deployment folder.
+
+    Attributes:
+        sha256: Hash of the file.
+        bytes: Its size.
+    """
 
     sha256: Sha256
     bytes: Count
 
 
 class Use(_Record, kw_only=True, frozen=True):
-    """A graph node that reads a layer's weights."""
+    """A graph node that reads a layer's weights.
+
+    Attributes:
+        node: Name of the node in the user's model, behind the names of the nodes whose subgraphs it lies in, joined by
+            ``/``; a node without a name is called by its operator and first output.
+        op: Its operator.
+        input: The input slot that reads the weights, from 0.
+    """
 
     node: str
     op: str
@@ -114,7 +160,13 @@ class Use(_Record, kw_only=True, frozen=True):
 
 
 class FoldPlan(_Record, kw_only=True, frozen=True):
-    """A digital operation that was folded into a layer."""
+    """A digital operation that was folded into a layer.
+
+    Attributes:
+        node: The folded node of the user's model, named as in ``uses``.
+        op: Its operator.
+        side: ``after``: it scaled the layer's outputs. ``before``: its inputs.
+    """
 
     node: str
     op: str
@@ -122,7 +174,14 @@ class FoldPlan(_Record, kw_only=True, frozen=True):
 
 
 class MaskPlan(_Record, kw_only=True, frozen=True):
-    """How a layer was pruned."""
+    """How a layer was pruned.
+
+    Attributes:
+        source: The masks file, or the method and ratio.
+        tensor: Name of the mask in the masks file of the deployment folder.
+        kept: Weights that the mask keeps.
+        total: Weights of the layer.
+    """
 
     source: str
     tensor: str
@@ -131,7 +190,38 @@ class MaskPlan(_Record, kw_only=True, frozen=True):
 
 
 class LayerPlan(_Record, kw_only=True, frozen=True):
-    """One weight tensor as matrices of cells."""
+    """One weight tensor as matrices of cells.
+
+    Attributes:
+        name: Unique name: of the weight's initializer, or of the first node that uses it.
+        uses: The nodes that read the weights.
+        block: The group of layers of similar size that it belongs to, for pruning: its number of output channels.
+        groups: Separate matrices: convolution groups, batch of a MatMul, directions of a recurrent layer.
+        outputs: Rows of one group's matrix.
+        inputs: Columns of one group's matrix.
+        output_order: What the outputs of a group run over, outermost first.
+        input_order: What the inputs of a group run over, outermost first.
+        weight_shape: Shape of the weight tensor as its nodes read it.
+        element_type: Its ONNX element type, in small letters.
+        stored_shape: The matrices of all groups split into axes.
+        permutation: Axes of ``stored_shape`` in the order of the weight tensor; null where they are in that order.
+        scheme: How a weight becomes cells.
+        cells: Cells of a weight in one slice: 2 for a pair, 1 for ``offset``.
+        slices: Slices of a weight.
+        significances: Weight of each slice in a value, least significant first.
+        reference: The constant that ``offset`` subtracts, in units of ``unit``; null for pairs.
+        unit: What cell values are counted in: siemens, or steps between levels that are uniform in conductance.
+        cells_tensor: Name of the cells in the conductance file, [slices, cells, groups * outputs, inputs].
+        gain_tensor: Name of the gains there, float32 [groups * outputs], in weight units a ``unit``.
+        scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        zeros: Weights that are exactly zero.
+        sparsity: Their share.
+        decoded_sha256: Hash of the decoded weights, little-endian float32 [groups * outputs, inputs].
+        mean_cell_conductance: Mean over all values of the cells tensor, siemens.
+        mask: How the layer was pruned; null where it was not.
+        folds: What was folded into the layer, in the order in which it acts.
+        constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
+    """
 
     name: str
     uses: list[Use]
@@ -169,11 +259,22 @@ class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
     ``inputs`` and ``outputs`` are ranges of one group's matrix, or lists of its indices where rows or columns were
     left out. A partition of several groups is block-diagonal: group ``groups[0] + k`` starts ``k`` times its own rows
     and columns further.
+
+    Attributes:
+        layer: Position in ``layers``.
+        row: First row on the array.
+        column: First column on the array.
+        groups: The layer's groups.
+        inputs: Range of inputs, in row order.
+        outputs: Range of outputs, in column order.
+        input_index: The inputs, ascending, where they are no range.
+        output_index: The outputs, ascending, where they are no range.
+        replica: Number of the copy, for layers held several times for throughput.
     """
 
     layer: Count
-    row: Count = 0
-    column: Count = 0
+    row: Count
+    column: Count
     groups: Range = (0, 1)
     inputs: Range | None = None
     outputs: Range | None = None
@@ -203,7 +304,19 @@ class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
-    """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold."""
+    """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold.
+
+    Attributes:
+        id: Position in ``arrays``.
+        chip: Chip of the target.
+        tile: Tile of the chip.
+        core: Core of the tile.
+        array: Array of the core.
+        roles: Which cells of a pair the array holds.
+        slices: Which slices it holds, least significant first.
+        partitions: What sits on it.
+        twin: The array with the other cells of the same weights; null where it holds both.
+    """
 
     id: Count
     chip: Count
@@ -217,7 +330,17 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
-    """A rectangle of a layer's matrix that takes no cells: all its weights are zero."""
+    """A rectangle of a layer's matrix that takes no cells: all its weights are zero.
+
+    Attributes:
+        layer: Position in ``layers``.
+        reason: Why it takes none.
+        group: The layer's group.
+        inputs: Range of inputs.
+        outputs: Range of outputs.
+        input_index: The inputs, ascending, where they are no range.
+        output_index: The outputs, ascending, where they are no range.
+    """
 
     layer: Count
     reason: Literal["zero"]
@@ -229,7 +352,14 @@ class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class DigitalPlan(_Record, kw_only=True, frozen=True):
-    """A node that runs digitally, with the reason."""
+    """A node that runs digitally, with the reason.
+
+    Attributes:
+        node: The node of the user's model, named as in ``uses``.
+        op: Its operator, with its domain where it is not the standard one.
+        code: The reason in one word, for programs.
+        reason: The reason in words.
+    """
 
     node: str
     op: str
@@ -238,7 +368,27 @@ class DigitalPlan(_Record, kw_only=True, frozen=True):
 
 
 class Totals(_Record, kw_only=True, frozen=True):
-    """Sums over the plan."""
+    """Sums over the plan.
+
+    Attributes:
+        layers: Layers.
+        weights: Weights of all layers.
+        zeros: Weights that are exactly zero.
+        sparsity: Their share.
+        arrays: Arrays that are used.
+        partitions: Partitions on them; twins count each.
+        cells: Cells of the used arrays.
+        cells_used: Cells inside partitions.
+        utilisation: ``cells_used / cells``.
+        arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
+        arrays_before_packing: Arrays with rows and columns left out, unpacked.
+        arrays_saved_by_pruning: The first less the second.
+        arrays_saved_by_packing: The second less ``arrays``.
+        weights_without_cells: Weights in skipped regions.
+        mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
+            over all values of the cells tensors.
+        digital_operations: Entries of ``digital``.
+    """
 
     layers: Count
     weights: Count
@@ -259,7 +409,14 @@ class Totals(_Record, kw_only=True, frozen=True):
 
 
 class OutputError(_Record, kw_only=True, frozen=True):
-    """How far one output of the deployed model is from the reference's."""
+    """How far one output of the deployed model is from the reference's.
+
+    Attributes:
+        output: Name of the graph output.
+        max_abs_error: Largest difference.
+        max_abs_reference: Largest magnitude of the reference.
+        relative_error: The first by the second; the first alone where the second is zero.
+    """
 
     output: str
     max_abs_error: float
@@ -268,7 +425,20 @@ class OutputError(_Record, kw_only=True, frozen=True):
 
 
 class Verification(_Record, kw_only=True, frozen=True):
-    """What compile checked, and found."""
+    """What compile checked, and found.
+
+    Attributes:
+        max_weight_error: Largest difference between a decoded weight and the pruned one.
+        max_weight_error_of_bound: The largest, as a share of what the cells allow (rounding, or half a level).
+        onnxruntime: Version of ONNX Runtime that ran the models.
+        seed: Seed of generated inputs.
+        inputs: ``generated``, or the name of the inputs file.
+        tolerance: Largest relative output error that passes.
+        sensitivity: For models that quantise activations: relative change of the outputs when inputs change by 1e-4.
+        outputs: The deployed model against the user's graph with the weights that the cells hold.
+        outputs_unquantised: The same against the pruned weights before they were rounded to levels; empty for analog
+            cells.
+    """
 
     max_weight_error: float
     max_weight_error_of_bound: float
@@ -282,10 +452,27 @@ class Verification(_Record, kw_only=True, frozen=True):
 
 
 class Plan(_Record, kw_only=True, frozen=True):
-    """A deployment plan: where every weight of a model sits on the crossbars of a target."""
+    """A deployment plan: where every weight of a model sits on the crossbars of a target.
 
-    format: Literal["rerampile-plan"] = "rerampile-plan"
-    format_version: Literal[1] = 1
+    Attributes:
+        format: What kind of file this is.
+        format_version: Version of the format.
+        producer: The program that wrote it.
+        model: The model that was compiled.
+        target: The resolved hardware target, every key written out.
+        options: The resolved options of the compilation; files by name only.
+        conventions: What the numbers mean.
+        files: Every other file of the folder, by name.
+        totals: Sums.
+        layers: The mapped weights, in graph order.
+        digital: Every node that runs digitally, in graph order.
+        verification: What compile checked; null only while the folder is being written.
+        skipped: Parts of matrices that take no cells.
+        arrays: The arrays, in address order.
+    """
+
+    format: Literal["rerampile-plan"]
+    format_version: Literal[1]
     producer: Producer
     model: ModelRecord
     target: dict[str, Any]
@@ -344,9 +531,3 @@ def read_plan(path: Path) -> Plan:
         raise PlanFormatError(
             f"{path}: cannot be read: {error.strerror or error}; expected the plan.json of a deployment folder"
         ) from error
-
-
-def plan_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a plan (it also ships as ``plan.schema.json`` in the package)."""
-    schema = msgspec.json.schema(Plan)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "rerampile deployment plan", **schema}
