@@ -259,6 +259,11 @@ def _integer(op_type: str, weight_first: Callable[[Mapping[int, str]], bool]) ->
     return build
 
 
+def _scale(body: _Body, formals: Mapping[int, str], slot: int) -> str:
+    """Add a scale as float32: it may be float16 or bfloat16 in the user's model."""
+    return body.op("Cast", [formals[slot]], f"x{slot}_scale", to=_FLOAT)
+
+
 def _requantise(body: _Body, total: str, factor: str, scale: str, zero_point: str, result: str) -> None:
     """Add ``saturate(round(total * factor / scale) + zero_point)``, as the QLinear operators define it."""
     ratio = body.op("Div", [factor, scale], "ratio")
@@ -274,9 +279,9 @@ def _qlinear_conv(body: _Body, node: GraphNode, formals: Mapping[int, str], resu
     total = _multiply(body, node, "Conv", operands)
     rank = len(node.view.inputs[3].shape or ()) or 4
     column = body.shape("channel_shape", [-1, *[1] * (rank - 2)])
-    weight_scale = body.op("Reshape", [formals[4], column], "weight_scale")
-    factor = body.op("Mul", [formals[1], weight_scale], "factor")
-    _requantise(body, total, factor, formals[6], formals[7], results[0])
+    weight_scale = body.op("Reshape", [_scale(body, formals, 4), column], "weight_scale")
+    factor = body.op("Mul", [_scale(body, formals, 1), weight_scale], "factor")
+    _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
 
 
 def _qlinear_matmul(body: _Body, node: GraphNode, formals: Mapping[int, str], results: Sequence[str]) -> None:
@@ -284,11 +289,11 @@ def _qlinear_matmul(body: _Body, node: GraphNode, formals: Mapping[int, str], re
     left = formals[0] if left_is_weight else _as_float(body, formals, 0, 2)
     right = _as_float(body, formals, 3, 5) if left_is_weight else formals[3]
     total = _multiply(body, node, "MatMul", [left, right])
-    scale = formals[1]
+    scale = _scale(body, formals, 1)
     if left_is_weight:
         scale = body.op("Reshape", [scale, body.shape("row_shape", [-1, 1])], "row_scale")
-    factor = body.op("Mul", [scale, formals[4]], "factor")
-    _requantise(body, total, factor, formals[6], formals[7], results[0])
+    factor = body.op("Mul", [scale, _scale(body, formals, 4)], "factor")
+    _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
 
 
 # The zero point of each weight slot: the cells hold weights from which it is subtracted already.
