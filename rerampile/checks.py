@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from rerampile.errors import PlanFormatError
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
 
-__all__ = ["DecodedLayer", "check_checksums", "check_placement", "decode_layer"]
+__all__ = ["check_checksums", "check_placement", "decode_layer", "weights_sha256"]
 
 Flags = npt.NDArray[np.uint8]
 
@@ -130,21 +129,8 @@ def _join(spans: list[slice]) -> slice:
     return slice(spans[0].start, spans[-1].stop) if spans else slice(0, 0)
 
 
-@dataclass(frozen=True)
-class DecodedLayer:
-    """A layer's weights as its cells hold them, and their hash.
-
-    Attributes:
-        weights: float32 [groups * outputs, inputs].
-        sha256: Of the little-endian bytes of ``weights``.
-    """
-
-    weights: npt.NDArray[np.float32]
-    sha256: str
-
-
-def decode_layer(deployment: Deployment, layer: LayerPlan) -> DecodedLayer:
-    """Rebuild a layer's weights from its cells, which are checked to be within what a cell can hold.
+def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.float32]:
+    """Rebuild a layer's weights, float32 [groups * outputs, inputs], from cells that are checked to be possible ones.
 
     Raises:
         PlanFormatError: A cell is outside the range or the levels of the target.
@@ -157,5 +143,9 @@ def decode_layer(deployment: Deployment, layer: LayerPlan) -> DecodedLayer:
             f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {cells.min()} to {cells.max()}, "
             f"expected {low:g} to {high:g}"
         )
-    weights = coding.decode(cells, deployment.gain(layer))
-    return DecodedLayer(weights, hashlib.sha256(weights.view(np.uint8).data).hexdigest())
+    return coding.decode(cells, deployment.gain(layer))
+
+
+def weights_sha256(weights: npt.NDArray[np.float32]) -> str:
+    """Return the sha256 of decoded weights: of their bytes in row order, little-endian float32."""
+    return hashlib.sha256(np.ascontiguousarray(weights, "<f4").view(np.uint8).data).hexdigest()

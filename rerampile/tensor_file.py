@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -104,14 +105,17 @@ class TensorWriter:
         self._waiting = list(reversed(self.specs))
         self._hash = hashlib.sha256()
         self._file: BinaryIO = path.open("xb")
-        self._put(len(text).to_bytes(8, "little") + text)
+        self._worker = ThreadPoolExecutor(max_workers=1)  # writes and hashes while the next tensor is computed
+        self._pending: Future[None] = self._worker.submit(self._put, len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Write the next tensor."""
+        """Write the next tensor, which must not change until the writer is closed."""
         spec = self.specs[name]
         if self._waiting.pop() != name or values.shape != spec.shape or values.dtype != spec.dtype:
             raise InternalError(f"{self.path}: tensor '{name}' written out of order or not as announced")
-        self._put(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b"")
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b""
+        self._pending.result()
+        self._pending = self._worker.submit(self._put, data)
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
@@ -120,6 +124,7 @@ class TensorWriter:
     @property
     def sha256(self) -> str:
         """Hash of what was written so far."""
+        self._pending.result()
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
@@ -128,7 +133,12 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            if error is None:
+                self._pending.result()
+        finally:
+            self._worker.shutdown()
+            self._file.close()
         if error is None and self._waiting:
             raise InternalError(f"{self.path}: tensor '{self._waiting[-1]}' was never written")
 

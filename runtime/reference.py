@@ -90,7 +90,8 @@ def _original_tensor(graph: ModelGraph, layer: Layer, matrix: npt.NDArray[np.flo
     if layer.zero_point is not None:
         tensor = tensor + graph.read(layer.zero_point).reshape(layer.zero_point_shape)
     info = np.iinfo(dtype)
-    return np.clip(np.rint(tensor), info.min, info.max).astype(dtype)
+    rounded: npt.NDArray[Any] = np.clip(np.rint(tensor), info.min, info.max).astype(dtype)
+    return rounded
 
 
 def _dtype(layer: Layer) -> np.dtype[Any]:
