@@ -330,6 +330,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         slices=coding.slices,
         significances=list(coding.significances),
         reference=coding.reference if coding.cells == 1 else None,
+        zero_cells=coding.zero_cells.tolist(),
         unit=coding.unit,
         cells_tensor=f"{layer.name}.cells",
         gain_tensor=f"{layer.name}.gain",

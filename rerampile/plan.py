@@ -210,6 +210,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         slices: Slices of a weight.
         significances: Weight of each slice in a value, least significant first.
         reference: The constant that ``offset`` subtracts, in units of ``unit``; null for pairs.
+        zero_cells: What the cells of a zero weight hold, [slices][cells], as in the cells tensor.
         unit: What cell values are counted in: siemens, or steps between levels that are uniform in conductance.
         cells_tensor: Name of the cells in the conductance file, [slices, cells, groups * outputs, inputs].
         gain_tensor: Name of the gains there, float32 [groups * outputs], in weight units a ``unit``.
@@ -240,6 +241,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     slices: Annotated[int, Meta(ge=1)]
     significances: list[float]
     reference: float | None
+    zero_cells: list[list[int | float]]
     unit: Literal["S", "level"]
     cells_tensor: str
     gain_tensor: str
