@@ -277,7 +277,7 @@ class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
     layer: Count
     row: Count
     column: Count
-    groups: Range = (0, 1)
+    groups: Range
     inputs: Range | None = None
     outputs: Range | None = None
     input_index: list[Count] | None = None
@@ -346,7 +346,7 @@ class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
 
     layer: Count
     reason: Literal["zero"]
-    group: Count = 0
+    group: Count
     inputs: Range | None = None
     outputs: Range | None = None
     input_index: list[Count] | None = None

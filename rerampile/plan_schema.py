@@ -51,7 +51,7 @@ def _as_written(definition: Definition) -> None:
             if choice == {"type": "null"}:
                 choice.clear()
                 choice["const"] = WORDS_FOR_NONE[key]
-                value["description"] = value["description"].replace("None", f"'{choice['const']}'")
+                value["description"] = value["description"].replace("None", f'"{choice["const"]}"')
     definition["required"] = list(properties)
     definition["additionalProperties"] = False
 
@@ -65,5 +65,5 @@ def _describe(definition: Definition) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return a docstring's text on one line, without markup."""
-    return re.sub(r":\w+:`(?:[\w.]*\.)?(\w+)`", r"\1", " ".join(text.split())).replace("``", "'")
+    """Return a docstring's text on one line, as Markdown."""
+    return re.sub(r":\w+:`(?:[\w.]*\.)?(\w+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
