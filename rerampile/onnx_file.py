@@ -251,12 +251,19 @@ def _check_graph(model: ModelFile) -> None:
     """Run ONNX's checker on the graph, initializers as inputs: their data were checked, and stay out of the copy."""
     skeleton = copy_without(model.proto, "graph")
     skeleton.graph.CopyFrom(copy_without(model.proto.graph, "initializer"))
+    initializers = list(model.proto.graph.initializer)
+    for inner in iter_graphs(skeleton.graph):  # external data of subgraphs: the checker knows no folder to look in
+        external = [t for t in inner.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        initializers += external
+        for tensor in external:
+            inner.initializer.remove(tensor)
     known = {value.name for value in skeleton.graph.input}
-    skeleton.graph.input.extend(
-        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
-        for t in model.proto.graph.initializer
-        if t.name not in known
-    )
+    for tensor in initializers:
+        if tensor.name not in known:
+            known.add(tensor.name)
+            skeleton.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     skeleton.ir_version = max(skeleton.ir_version, 4)
     try:
         onnx.checker.check_model(skeleton)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rerampile.graph import ModelGraph
 from rerampile.graph_edit import rewrite_graph
 from rerampile.layer import Layer
-from rerampile.onnx_file import copy_without, external_tensor
+from rerampile.onnx_file import copy_without, external_tensor, iter_graphs
 from rerampile.tensor_file import TensorWriter, stores
 from rerampile.unit import Unit
 
@@ -51,6 +51,9 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
     freed = {layer.tensor.name for layer in unit.layers}
     model.graph.CopyFrom(rewrite_graph(unit.model.proto.graph, rewrite, freed))
     model.ir_version = max(model.ir_version, 4)
+    _, *subgraphs = iter_graphs(model.graph)
+    for tensor in (t for graph in subgraphs for t in graph.initializer if t.data_location == TensorProto.EXTERNAL):
+        tensor.CopyFrom(numpy_helper.from_array(unit.model.array(tensor), tensor.name))
     carried = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
     specs = [(names[layer.name], _dtype(layer), layer.view.tensor_shape) for layer in unit.layers]
     specs += [(t.name, helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims)) for t in carried]
