@@ -75,6 +75,8 @@ SLOTS: dict[str, tuple[_Slot, ...]] = {
     "RNN": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
 }
 
+_RUNTIME_DOMAINS = (*STANDARD_DOMAINS, "ai.onnx.ml", "com.microsoft")
+
 _WEIGHT_TYPES = {
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -95,8 +97,9 @@ class FindLayers:
         """Fill ``layers`` and ``digital``.
 
         Raises:
-            UnsupportedModelError: Nothing at all maps.
+            UnsupportedModelError: Nothing at all maps, or an operator is of a domain that ONNX Runtime does not know.
         """
+        _refuse_unknown_domains(unit)
         layers, digital = find_layers(unit.graph)
         if not layers:
             reasons = sorted({f"{op.node.op}: {op.reason}" for op in digital})
@@ -112,6 +115,15 @@ class FindLayers:
         """Return how many layers were found, folded and left digital."""
         folds = sum(len(layer.folds) for layer in unit.layers)
         return {"layers": len(unit.layers), "folded": folds, "digital": len(unit.digital)}
+
+
+def _refuse_unknown_domains(unit: Unit) -> None:
+    for node in unit.graph.nodes:
+        if node.proto.domain not in _RUNTIME_DOMAINS:
+            raise UnsupportedModelError(
+                f"{unit.model.name}: node '{node.full_name}': operator {node.op} is of a domain that ONNX Runtime does "
+                f"not know, expected one of {', '.join(filter(None, _RUNTIME_DOMAINS))}; export the model without it"
+            )
 
 
 def find_layers(graph: ModelGraph) -> tuple[list[Layer], list[DigitalOperation]]:

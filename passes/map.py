@@ -72,9 +72,14 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
 def _gain(
     unit: Unit, layer: Layer, coding: Coding, weights: npt.NDArray[np.float32], magnitude: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """Return the gain of each output; whole-numbered weights keep their own step where the cells have enough."""
+    """Return the gain of each output.
+
+    Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
+    steps, else multiples of the smallest whole number that fits.
+    """
     if layer.integer and coding.holds_integers(weights):
         return np.ones(len(magnitude), np.float32)
     if unit.options.scale == "tensor":
         magnitude = np.full_like(magnitude, magnitude.max(initial=0))
-    return coding.gain(magnitude)
+    gain = coding.gain(magnitude)
+    return np.ceil(gain) if layer.integer and coding.integer else gain

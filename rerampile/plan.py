@@ -440,6 +440,8 @@ class Verification(_Record, kw_only=True, frozen=True):
         outputs: The deployed model against the user's graph with the weights that the cells hold.
         outputs_unquantised: The same against the pruned weights before they were rounded to levels; empty for analog
             cells.
+        layers: For models that quantise activations: the result of each mapped layer of the main graph, on the same
+            inputs as the node that it replaces; results of whole numbers that differ by one step count as equal.
     """
 
     max_weight_error: float
@@ -451,6 +453,7 @@ class Verification(_Record, kw_only=True, frozen=True):
     sensitivity: float | None = None
     outputs: list[OutputError]
     outputs_unquantised: list[OutputError] = []
+    layers: list[OutputError] = []
 
 
 class Plan(_Record, kw_only=True, frozen=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,16 @@ from onnx import TensorProto
 
 from rerampile.checks import check_checksums, check_placement, decode_layer, weights_sha256
 from rerampile.deployment import Deployment, layer_coding, load_deployment
-from rerampile.errors import FaultRunError, InternalError, PlanFormatError
+from rerampile.errors import InternalError, PlanFormatError
 from rerampile.files import DEPLOYED, PLAN, REFERENCE
 from rerampile.layer import Layer
 from rerampile.onnx_file import file_sha256
-from rerampile.plan import FileRecord, LayerPlan, OutputError, Plan, Verification, encode_plan
+from rerampile.plan import FileRecord, LayerPlan, Plan, Verification, encode_plan
+from rerampile.runtime.compare import flat, input_sensitivity, output_error, require_tolerance
 from rerampile.runtime.inputs import fitting_inputs, inputs_from_file
 from rerampile.runtime.reference import write_reference
 from rerampile.runtime.session import open_session, run
+from rerampile.runtime.side_by_side import layer_errors
 from rerampile.tensor_file import TensorFile, TensorWriter
 from rerampile.unit import Unit
 
@@ -34,9 +37,8 @@ __all__ = ["Verify", "verify_deployment"]
 Outputs = Sequence[Any]
 
 # Largest error of an output relative to its largest magnitude, by the coarsest arithmetic around a mapped layer.
-_TOLERANCE = {"float": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "quantised": 5e-2}
+_TOLERANCE = {"float": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinear", "ConvInteger", "MatMulInteger")
-_NUDGE = 1e-4
 _THREADS = 2  # each holds one layer and its decoded copy
 
 
@@ -113,38 +115,64 @@ def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tu
 
 
 def _run_both(unit: Unit, deployment: Deployment, errors: tuple[float, float]) -> Verification:
+    """Run the user's model with the pruned weights, with the weights that the cells hold, and the deployed model."""
     options = unit.options
-    with tempfile.TemporaryDirectory(prefix="rerampile-") as scratch:
-        session = _pruned_session(unit, Path(scratch))
+    with _scratch(unit.folder) as scratch:
+        session = _pruned_session(unit, scratch)
         if options.inputs is not None:
             inputs = inputs_from_file(options.inputs, session)
             pruned: Outputs = run(session, inputs)
         else:
             inputs, pruned = fitting_inputs(session, options.seed)
         names = [output.name for output in session.get_outputs()]
-        tolerance, sensitivity = _tolerance(unit, session, inputs, pruned)
-        del session
-    quantised = pruned
-    if unit.target.cell.levels is not None:
-        with tempfile.TemporaryDirectory(prefix="rerampile-") as scratch:
-            quantised = run(_quantised_session(unit, deployment, Path(scratch)), inputs)
+        rounds = any(node.proto.op_type.startswith(_QUANTISERS) for node in unit.graph.nodes)
+        sensitivity = input_sensitivity(session, inputs, pruned) if rounds else None
+    discrete = unit.target.cell.levels is not None
+    held, layers = pruned, None
+    if discrete or rounds:
+        with _scratch(unit.folder) as scratch:
+            path = write_reference(unit, partial(_held, unit, deployment), scratch)
+            held = run(open_session(path), inputs) if discrete else pruned
+            layers = layer_errors(unit.folder, path, inputs) if rounds else None
     deployed = run(open_session(unit.folder / DEPLOYED), inputs)
-    _keep_reference(unit.folder / REFERENCE, inputs, names, quantised)
+    _keep_reference(unit.folder / REFERENCE, inputs, names, held)
     verification = Verification(
         max_weight_error=errors[0],
         max_weight_error_of_bound=errors[1],
         onnxruntime=ort.__version__,
         seed=options.seed,
         inputs=options.inputs.name if options.inputs is not None else "generated",
-        tolerance=tolerance,
+        tolerance=_tolerance(unit, sensitivity),
         sensitivity=sensitivity,
-        outputs=[output_error(n, d, q) for n, d, q in zip(names, deployed, quantised, strict=True)],
-        outputs_unquantised=[]
-        if quantised is pruned
-        else [output_error(n, d, p) for n, d, p in zip(names, deployed, pruned, strict=True)],
+        outputs=[output_error(n, d, h) for n, d, h in zip(names, deployed, held, strict=True)],
+        outputs_unquantised=[output_error(n, d, p) for n, d, p in zip(names, deployed, pruned, strict=True)]
+        if discrete
+        else [],
+        layers=layers or [],
     )
-    _require_tolerance(verification.outputs, tolerance, unit.model.name)
+    require_tolerance(verification.layers, _tolerance(unit, None), f"{unit.model.name}, layer by layer")
+    require_tolerance(verification.outputs, verification.tolerance, unit.model.name)
     return verification
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Give a folder inside the deployment folder, on its disk, that is gone afterwards."""
+    path = folder / "scratch"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _tolerance(unit: Unit, sensitivity: float | None) -> float:
+    """Return the largest relative error that passes, by the coarsest arithmetic around a mapped layer."""
+    if unit.options.tolerance is not None:
+        return unit.options.tolerance
+    types = {TensorProto.DataType.Name(layer.element_type).lower() for layer in unit.layers}
+    arithmetic = max((_TOLERANCE[kind] for kind in types & _TOLERANCE.keys()), default=_TOLERANCE["float"])
+    return arithmetic if sensitivity is None else max(arithmetic, 2 * sensitivity)
 
 
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
@@ -152,7 +180,7 @@ def _pruned_session(unit: Unit, scratch: Path) -> Any:
     model = unit.model
     if model.path is not None and not unit.masks and model.converted_from_opset is None:
         return open_session(model.path)
-    return open_session(write_reference(unit, lambda layer: _pruned(unit, layer), scratch))
+    return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
 def _pruned(unit: Unit, layer: Layer) -> npt.NDArray[np.float32]:
@@ -161,98 +189,23 @@ def _pruned(unit: Unit, layer: Layer) -> npt.NDArray[np.float32]:
     return matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
 
 
-def _quantised_session(unit: Unit, deployment: Deployment, scratch: Path) -> Any:
-    """Open the user's graph with the weights that discrete levels hold, folds divided out again."""
-    plans = {plan.name: plan for plan in deployment.plan.layers}
-
-    def weights(layer: Layer) -> npt.NDArray[np.float32]:
-        decoded = deployment.weights(plans[layer.name])
-        factor = layer.fold_factor()
-        if factor is None:
-            return decoded
-        factor = np.broadcast_to(factor, decoded.shape)
-        unfolded = np.divide(decoded, factor, out=np.zeros_like(decoded), where=factor != 0)
-        return np.where(factor != 0, unfolded, _pruned(unit, layer))
-
-    return open_session(write_reference(unit, weights, scratch))
-
-
-def _tolerance(
-    unit: Unit, session: Any, inputs: Mapping[str, npt.NDArray[Any]], outputs: Outputs
-) -> tuple[float, float | None]:
-    """Return the tolerance, and for a model that quantises its activations its own sensitivity, which may set it.
-
-    Where activations are rounded to 8 bits, the last bit of a cell now and then tips one to the next step, and a deep
-    network amplifies that as it amplifies any small change. How much it does is measured: by its response to inputs
-    that are changed by one part in ten thousand.
-    """
-    if unit.options.tolerance is not None:
-        return unit.options.tolerance, None
-    types = {TensorProto.DataType.Name(layer.element_type).lower() for layer in unit.layers}
-    tolerance = max((_TOLERANCE[kind] for kind in types & _TOLERANCE.keys()), default=_TOLERANCE["float"])
-    if not any(node.proto.op_type.startswith(_QUANTISERS) for node in unit.graph.nodes):
-        return tolerance, None
-    moved = run(session, {name: _nudged(value, number) for number, (name, value) in enumerate(inputs.items())})
-    sensitivity = max(
-        (abs(output_error("", m, o).relative_error) for m, o in zip(moved, outputs, strict=True)), default=0
-    )
-    return max(tolerance, _TOLERANCE["quantised"], 2 * sensitivity), sensitivity
-
-
-def _nudged(value: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
-    if value.dtype.kind != "f":
-        return value
-    noise = np.random.default_rng(seed).standard_normal(value.shape)
-    return (value + _NUDGE * float(value.std()) * noise).astype(value.dtype)
-
-
-def output_error(name: str, found: Any, reference: Any) -> OutputError:
-    """Return how far an output is from its reference; outputs of another shape or kind are infinitely far."""
-    a, b = _flat(found), _flat(reference)
-    if a.shape != b.shape:
-        return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    difference = np.where(same, 0.0, np.abs(a - b))
-    error = float(difference.max(initial=0.0))
-    if not np.isfinite(error):
-        return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
-    finite = np.abs(b[np.isfinite(b)])
-    largest = float(finite.max(initial=0.0))
-    relative = error / largest if largest > 0 else error
-    return OutputError(output=name, max_abs_error=error, max_abs_reference=largest, relative_error=relative)
-
-
-def _flat(value: Any) -> npt.NDArray[np.float64]:
-    """Return an output, a sequence of them or a map, as one vector of numbers; text counts by its hash code points."""
-    if isinstance(value, dict):
-        value = [part for key in sorted(value) for part in (key, value[key])]
-    if isinstance(value, (list, tuple)):
-        return np.concatenate([_flat(part) for part in value]) if value else np.zeros(0)
-    array = np.asarray(value)
-    if array.dtype.kind in "OUS":
-        text = "\0".join(str(item) for item in array.reshape(-1))
-        return np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.float64)
-    return array.astype(np.float64).reshape(-1)
-
-
-def _require_tolerance(outputs: Sequence[OutputError], tolerance: float, where: str) -> None:
-    for output in outputs:
-        if output.relative_error < 0:
-            raise FaultRunError(
-                f"{where}: output '{output.output}' of the deployed model has another shape, or is not finite where "
-                f"the reference is; check the model with --inputs FILE.npz of real inputs"
-            )
-        if output.relative_error > tolerance:
-            raise FaultRunError(
-                f"{where}: output '{output.output}' of the deployed model is off by {output.relative_error:.3g} of its "
-                f"largest magnitude, expected at most {tolerance:g}; raise --tolerance if the model amplifies rounding"
-            )
+def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.float32]:
+    """Return the weights that the cells hold, folds divided out again, as the user's graph reads them."""
+    if unit.target.cell.levels is None:
+        return _pruned(unit, layer)
+    decoded = deployment.weights(deployment.layer(layer.name))
+    factor = layer.fold_factor()
+    if factor is None:
+        return decoded
+    factor = np.broadcast_to(factor, decoded.shape)
+    unfolded = np.divide(decoded, factor, out=np.zeros_like(decoded), where=factor != 0)
+    return np.where(factor != 0, unfolded, _pruned(unit, layer))
 
 
 def _keep_reference(path: Path, inputs: Mapping[str, npt.NDArray[Any]], names: Sequence[str], outputs: Outputs) -> None:
     """Write the inputs and the reference outputs, so that the folder can be verified later without the model."""
     tensors = {f"input/{name}": value for name, value in inputs.items()}
-    tensors |= {f"output/{name}": _flat(value) for name, value in zip(names, outputs, strict=True)}
+    tensors |= {f"output/{name}": flat(value) for name, value in zip(names, outputs, strict=True)}
     announced = [(name, value.dtype, value.shape) for name, value in tensors.items()]
     with TensorWriter(path, announced, {"format": "rerampile-verification"}) as writer:
         for name in writer.specs:
@@ -291,7 +244,7 @@ def verify_deployment(folder: str | Path) -> Verification:
     names = [output.name for output in session.get_outputs()]
     found = run(session, inputs)
     outputs = [output_error(n, f, reference.read(f"output/{n}")) for n, f in zip(names, found, strict=True)]
-    _require_tolerance(outputs, recorded.tolerance, str(deployment.folder))
+    require_tolerance(outputs, recorded.tolerance, str(deployment.folder))
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
 
