@@ -21,7 +21,7 @@ from rerampile.errors import ConfigError, did_you_mean
 from rerampile.layer import Layer
 from rerampile.unit import Mask, Unit
 
-__all__ = ["Prune", "block_of", "magnitude_mask"]
+__all__ = ["Prune", "magnitude_mask"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class Prune:
         return {"layers pruned": len(unit.masks), "weights pruned": total - kept}
 
 
-def block_of(layer: Layer) -> str:
-    """Return the name of the block that a layer belongs to: its number of output channels."""
-    return str(layer.view.channels)
-
-
 def magnitude_mask(weights: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
     """Return which weights to keep, bool [outputs, inputs]: all but the ``ratio`` smallest in magnitude.
 
@@ -85,9 +80,9 @@ def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, fl
     for key, ratio in asked.items():
         if not 0 <= ratio < 1:
             raise ConfigError(f"--prune {key}={ratio:g}: expected a ratio of 0 or more and less than 1")
-        hit = [layer for layer in layers if key == block_of(layer) or _matches(key, layer)]
+        hit = [layer for layer in layers if key == layer.block or _matches(key, layer)]
         if not hit:
-            known = {block_of(layer) for layer in layers} | {layer.name for layer in layers}
+            known = {layer.block for layer in layers} | {layer.name for layer in layers}
             raise ConfigError(
                 f"--prune {key}={ratio:g}: no block and no layer of that name; expected a number of output channels or "
                 f"a layer name pattern{did_you_mean(key, known)}"

@@ -187,6 +187,11 @@ class Layer:
     input_addend: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     bias: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
+    @property
+    def block(self) -> str:
+        """The block that the layer belongs to, named by its number of output channels."""
+        return str(self.view.channels)
+
     def original_matrix(self, graph: ModelGraph) -> Floats:
         """Return the weights as the model's file holds them, float32 [groups * outputs, inputs]."""
         weights = graph.read(self.tensor)
