@@ -1,0 +1,107 @@
+"""Write what is generated of the plan format: its JSON Schema, and the tables and the example of its page.
+
+    python docs/plan_format.py
+
+A test compares both files with what this would write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.parser
+
+import rerampile
+from rerampile.plan_schema import plan_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = ROOT / "rerampile" / "plan.schema.json"
+PAGE = ROOT / "docs" / "plan-format.md"
+
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
+
+Definition = dict[str, Any]
+
+
+def schema_text() -> str:
+    """The schema file."""
+    return json.dumps(plan_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def page_text(page: str) -> str:
+    """The page with its tables and its example renewed; an example that differs only in what varies is kept."""
+    schema = plan_schema()
+    page = TABLE.sub(lambda found: found[1] + _table(schema, found[2]) + found[3], page)
+    with tempfile.TemporaryDirectory() as folder:
+        new = (example(Path(folder)) / "plan.json").read_text()
+    return EXAMPLE.sub(lambda found: found[1] + (found[2] if _same(found[2], new) else new) + found[3], page)
+
+
+def example(folder: Path) -> Path:
+    """Compile the example of the page into a folder, and return the deployment."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        tiny (float[N, 3] x) => (float[N, 2] y) { z = MatMul (x, W)  y = Relu (z) }
+        """
+    )
+    weights = np.array([[1, 0.5], [-2, 0], [0, -1]], np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "W"))
+    onnx.save(model, folder / "tiny.onnx")
+    target = rerampile.Target(name="tiny", rows=4, columns=4, cell={"g_off": 1e-6, "g_on": 9e-6})
+    return rerampile.compile_model(folder / "tiny.onnx", out=folder / "tiny", target=target).folder
+
+
+def stable(plan: Definition) -> Definition:
+    """A plan without what differs between versions of the packages that made it."""
+    verification = {
+        key: value for key, value in plan["verification"].items() if not key.startswith(("max", "onnx", "out"))
+    }
+    varying = {"producer": plan["producer"]["name"], "files": sorted(plan["files"]), "verification": verification}
+    return {**plan, **varying}
+
+
+def _same(shown: str, new: str) -> bool:
+    try:
+        return stable(json.loads(shown)) == stable(json.loads(new))
+    except (ValueError, KeyError):
+        return False
+
+
+def _table(schema: Definition, name: str) -> str:
+    definition = schema if name == "Plan" else schema["$defs"][name]
+    lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
+    for field, value in definition["properties"].items():
+        optional = name in ("ArrayPlan", "Partition", "Region") and field not in definition["required"]
+        kind = _type(value).removesuffix(" or null") + ", optional" if optional else _type(value)
+        lines.append(f"| `{field}` | {kind} | {value['description']} |\n")
+    return "".join(lines) + "\n"
+
+
+def _type(value: Definition) -> str:
+    """A field's type in a few words."""
+    if "$ref" in value:
+        return value["$ref"].rpartition("/")[2]
+    if "anyOf" in value:
+        kinds = dict.fromkeys(_type(choice) for choice in value["anyOf"])
+        return "number" if set(kinds) == {"integer", "number"} else " or ".join(kinds)
+    if "enum" in value or "const" in value:
+        return ", ".join(f"`{json.dumps(word)}`" for word in value.get("enum", [value.get("const")]))
+    if "prefixItems" in value:
+        return "range"
+    if value["type"] == "array":
+        return f"[{_type(value['items'])}, …]"
+    if value["type"] == "object":
+        return f"object of {_type(value['additionalProperties'])}" if "additionalProperties" in value else "object"
+    return "sha256" if "pattern" in value else value["type"]
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema_text())
+    PAGE.write_text(page_text(PAGE.read_text()))

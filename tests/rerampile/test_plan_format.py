@@ -1,0 +1,160 @@
+"""The page on the plan format tells the truth: its tables, its example, its picture and its reader."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import rerampile
+from rerampile.layer import MatrixView
+from rerampile.plan_schema import plan_schema
+
+REMEDY = "regenerate it with: python docs/plan_format.py"
+
+ANALOG = {"g_off": 1e-6, "g_on": 100e-6}
+TARGETS: dict[str, dict[str, Any]] = {
+    "analog": {"cell": ANALOG},
+    "twin": {"cell": ANALOG, "pair_layout": "twin"},
+    "levels": {"cell": {**ANALOG, "levels": 16}},
+    "many levels": {"cell": {**ANALOG, "levels": 1000}},
+    "slices": {"cell": {**ANALOG, "levels": 4}, "slices": 3},
+    "twin slices": {"cell": {**ANALOG, "levels": 4}, "slices": 3, "pair_layout": "twin"},
+    "measured": {"cell": {**ANALOG, "levels": 4, "level_table": [1e-6, 30e-6, 72e-6, 100e-6]}, "slices": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def writer(project_root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_format", project_root / "docs" / "plan_format.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def page(project_root: Path) -> str:
+    return (project_root / "docs" / "plan-format.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def reader(page: str) -> dict[str, Any]:
+    found = re.search(r"<!-- reader -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    namespace: dict[str, Any] = {}
+    exec(compile(found[1], "plan-format.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module")
+def example(writer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return writer.example(tmp_path_factory.mktemp("example"))
+
+
+def test_tables_and_example_are_current(writer: ModuleType, page: str) -> None:
+    assert writer.page_text(page) == page, REMEDY
+
+
+def test_every_record_has_a_table(page: str) -> None:
+    assert sorted(re.findall(r"<!-- table: (\w+) -->", page)) == sorted({"Plan", *plan_schema()["$defs"]})
+
+
+def test_the_example_by_hand_is_what_is_compiled(page: str, example: Path) -> None:
+    drawn = re.search(r"<!-- picture -->\n```text\n(.*?)```", page, re.DOTALL)
+    assert drawn
+    rows = [re.findall(r"(\d+) µS", line) for line in drawn[1].splitlines()[2:]]
+    array = rerampile.load_deployment(example).array(0)
+    np.testing.assert_allclose(array, np.array(rows, float) * 1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mapping", ["two_column", "differential", "offset", "balanced"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("prune_and_pack", [False, True])
+def test_the_reader_reads_what_was_written(
+    reader: dict[str, Any],
+    model: onnx.ModelProto,
+    tmp_path: Path,
+    target: str,
+    mapping: str,
+    prune_and_pack: bool,
+) -> None:
+    size = 48 if prune_and_pack else 24
+    hardware = rerampile.Target(name="test", rows=size, columns=size, **TARGETS[target])
+    prune = {"rows": 0.8, "grouped": 0.7} if prune_and_pack else None
+    deployment = rerampile.compile_model(
+        model, out=tmp_path / "out", target=hardware, mapping=mapping, prune=prune, pack=prune_and_pack
+    )
+    plan, tensors = reader["read"](deployment.folder)
+    for layer, record in zip(deployment.plan.layers, plan["layers"], strict=True):
+        view = MatrixView(
+            groups=layer.groups,
+            outputs=layer.outputs,
+            inputs=layer.inputs,
+            tensor_shape=tuple(layer.weight_shape),
+            stored_shape=tuple(layer.stored_shape),
+            permutation=None if layer.permutation is None else tuple(layer.permutation),
+        )
+        read = reader["weights"](plan, tensors, record)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, view.tensor(deployment.weights(layer)))
+    for array in plan["arrays"]:
+        np.testing.assert_array_equal(reader["picture"](plan, tensors, array), deployment.array(array["id"]))
+
+
+def test_the_reader_gives_the_weights_that_went_in(
+    reader: dict[str, Any], model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    deployment = rerampile.compile_model(model, out=tmp_path / "out")
+    plan, tensors = reader["read"](deployment.folder)
+    went_in = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert {layer["name"] for layer in plan["layers"]} == set(went_in)
+    for layer in plan["layers"]:
+        np.testing.assert_allclose(reader["weights"](plan, tensors, layer), went_in[layer["name"]], rtol=0, atol=1e-5)
+
+
+def test_the_reader_refuses_a_newer_version(reader: dict[str, Any], example: Path, tmp_path: Path) -> None:
+    newer = json.loads((example / "plan.json").read_text()) | {"format_version": 2}
+    (tmp_path / "plan.json").write_text(json.dumps(newer))
+    with pytest.raises(ValueError, match="version"):
+        reader["read"](tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(parse_model: Callable[..., onnx.ModelProto]) -> onnx.ModelProto:
+    """Every way in which a matrix lies on arrays: split, whole, grouped, depthwise, transposed; `rows` loses rows."""
+    rng = np.random.default_rng(3)
+
+    def weights(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    rows = weights(40, 20)
+    rows[rng.permutation(40)[:25]] *= 1e-3
+    return parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        odd (float[N, 6, 5, 5] image) => (float[N, 20] scores) {
+            a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 2> (image, grouped)
+            b = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 4> (a, depthwise)
+            c = ConvTranspose <kernel_shape = [2, 2], strides = [2, 2]> (b, transposed)
+            d = GlobalAveragePool (c)
+            e = Flatten (d)
+            f = Gemm <transB = 1> (e, gemm)
+            scores = MatMul (f, rows)
+        }
+        """,
+        grouped=weights(4, 3, 3, 3),
+        depthwise=weights(4, 1, 3, 3),
+        transposed=weights(4, 3, 2, 2),
+        gemm=weights(40, 3),
+        rows=rows,
+    )
