@@ -74,6 +74,7 @@ def _fold_before(graph: ModelGraph, layer: Layer, taken: set[int]) -> Layer:
     rank, axis = _layout(node.input(_DATA_SLOT), layer)
     factor, addend, folds = np.ones(channels), np.zeros(channels), []
     tensor = node.input(_DATA_SLOT)
+    safe = factor, addend, 0  # up to the last fold whose own input is known to be as wide as the layer's
     while (before := _private_producer(graph, node, tensor)) is not None and id(before) not in taken:
         source = _data_input(graph, before)
         affine = None if source is None else _affine(graph, before, source, channels, rank, axis)
@@ -81,8 +82,12 @@ def _fold_before(graph: ModelGraph, layer: Layer, taken: set[int]) -> Layer:
             break
         factor, addend = factor * affine[0], addend + factor * affine[1]
         folds.append(Fold(node=before, op=before.op, side="before"))
-        taken.add(id(before))
         tensor = source
+        if before.op == "BatchNormalization" or _has_channels(tensor, channels, rank, axis):
+            safe = factor, addend, len(folds)
+    factor, addend, count = safe
+    folds = folds[:count]
+    taken.update(id(fold.node) for fold in folds)
     useless = addend.any() and not factor.all()  # an input that is multiplied by zero but carries an addend
     if not folds or useless or not (np.isfinite(factor).all() and np.isfinite(addend).all()):
         return layer
@@ -90,7 +95,7 @@ def _fold_before(graph: ModelGraph, layer: Layer, taken: set[int]) -> Layer:
         layer,
         folds=(*layer.folds, *folds),
         input_factor=_per_input(layer, factor),
-        input_addend=_per_input(layer, addend / factor) if addend.any() else None,
+        input_addend=_per_input(layer, addend / factor * node.attribute("alpha", 1.0)) if addend.any() else None,
         bias=bias if addend.any() else layer.bias,
     )
 
@@ -214,6 +219,11 @@ def _layout(tensor: Tensor, layer: Layer) -> tuple[int, int]:
         return (len(tensor.shape) if tensor.shape is not None else 1), 1
     rank = len(layer.view.tensor_shape)
     return rank, rank - 1
+
+
+def _has_channels(tensor: Tensor, channels: int, rank: int, axis: int) -> bool:
+    """Whether a tensor is known to have every channel, so that no constant widens it or raises its rank."""
+    return tensor.shape is not None and len(tensor.shape) >= rank and tensor.shape[-axis] == channels
 
 
 def _inputs_per_group(layer: Layer) -> int:

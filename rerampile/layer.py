@@ -169,7 +169,8 @@ class Layer:
         folds: Operations folded into this layer, in the order in which they act.
         output_factor: What folds multiply each output by, float64 [groups * outputs], or None.
         input_factor: What folds multiply each input by, float64 [groups, inputs], or None.
-        input_addend: What folds add to each input, in units of what precedes them, float64 [groups, inputs], or None.
+        input_addend: What folds add to each input, in units of what precedes them and times the alpha of a Gemm,
+            float64 [groups, inputs], or None.
         bias: Bias after folding but for what ``input_addend`` adds, float64 [channels]; None where no fold set it.
     """
 
