@@ -1,0 +1,469 @@
+"""The command line: parse, call one function, print.
+
+Only click is imported here, so that ``--help`` is instant; each command imports what it works with. Data goes to
+stdout; progress and messages go to stderr. Exit codes: 0 done, 1 an error that the user can mend, 2 wrong usage, 70 a
+bug of rerampile, 130 interrupted (128 + the signal's number where it was another one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+    from rerampile.deployment import Deployment
+
+__all__ = ["main"]
+
+# The same as rerampile.schemes.SCHEMES, which costs the import of numpy.
+_SCHEMES = ("two_column", "differential", "offset", "balanced")
+
+_INTERNAL_ERROR = 70
+_BUG = (
+    "This is a bug of rerampile. Please report it with the lines above, the command, and the model if you can share it."
+)
+
+_PATH = click.Path(path_type=Path)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Errors, signals, progress.
+
+
+class _Commands(click.Group):
+    """Commands whose exceptions become one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        from rerampile.errors import RerampileError
+
+        try:
+            with _signals_interrupt():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own business; a reader that left is no error
+        except RerampileError as error:
+            _stop(f"Error: {error}")
+        except KeyboardInterrupt as error:
+            _stop("Aborted", 128 + (error.args[0] if error.args else signal.SIGINT))
+        except MemoryError as error:
+            _stop(f"Error: out of memory{f' ({error})' if str(error) else ''}; use a machine with more of it")
+        except OSError as error:
+            _stop(f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        except Exception as error:
+            traceback.print_exc()
+            click.echo(_BUG, err=True)
+            raise click.exceptions.Exit(_INTERNAL_ERROR) from error
+
+
+def _stop(line: str, exit_code: int = 1) -> NoReturn:
+    """End the program with a line on stderr."""
+    from rerampile.show import printable
+
+    click.echo(printable(line), err=True)
+    raise click.exceptions.Exit(exit_code)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let a request to end run the same clean-up as Ctrl-C; signals that are ignored (nohup) stay so."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class _Progress:
+    """One line a pass on stderr: begun before and ended after it on a terminal, written after it elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty()
+        self._begun = False
+
+    def __call__(self, number: int, count: int, name: str, seconds: float | None, summary: Mapping[str, Any]) -> None:
+        head = f"[{number}/{count}] {name} … "
+        if seconds is None:
+            if self._live:
+                self._write(head)
+            self._begun = self._live
+            return
+        facts = ", ".join(
+            f"{word} {value:,}" if isinstance(value, int) else f"{word} {value}" for word, value in summary.items()
+        )
+        self._write(f"{'' if self._begun else head}{seconds:.2f} s  {facts}\n")
+        self._begun = False
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._begun:
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        if not self._quiet:
+            with suppress(BrokenPipeError):  # nobody reads the progress: no reason to stop
+                click.echo(text, nl=False, err=True)
+
+
+# Options.
+
+
+def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:
+    """Read ``0.6``, or ``64=0.2,128=0.4``: one pruning ratio, or one for each name."""
+    if value is None:
+        return None
+    try:
+        if "=" not in value:
+            return float(value)
+        parts = [part.rpartition("=") for part in value.split(",")]
+        return {name.strip(): float(ratio) for name, _, ratio in parts}
+    except ValueError:
+        raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
+
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Read each ``KEY=VALUE``: a dotted key and a value as TOML writes it; a bare word is a string."""
+    settings: dict[str, Any] = {}
+    for value in values:
+        key, sign, text = (part.strip() for part in value.partition("="))
+        if not (key and sign):
+            raise click.BadParameter(f"'{value}': expected KEY=VALUE, as in cell.levels=16")
+        try:
+            parsed = tomllib.loads(f"value = {text}")
+        except ValueError:
+            parsed = {}
+        settings[key] = parsed["value"] if list(parsed) == ["value"] else text
+    return settings
+
+
+def _examples(*lines: str) -> str:
+    """Return the end of a help text."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, for programs.")(command)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+# Commands.
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    epilog=_examples("rerampile compile model.onnx --mapping differential", "rerampile show model.deployment"),
+)
+@click.version_option(package_name="rerampile", message="rerampile %(version)s")
+def main() -> None:
+    """Compile exported ONNX models for ReRAM crossbar accelerators.
+
+    A model becomes a deployment folder: a plan that says where every weight sits, the conductance of every cell, and a
+    model that ONNX Runtime runs from those cells.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot write is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@main.command(
+    "compile",
+    epilog=_examples(
+        "rerampile compile model.onnx",
+        "rerampile compile model.onnx --mapping differential --prune 0.6 -o out",
+        "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
+        "rerampile compile model.onnx --target neurram --set cell.levels=16",
+    ),
+)
+@click.argument("model", type=_PATH)
+@click.option(
+    *("-o", "--out"),
+    metavar="FOLDER",
+    type=_PATH,
+    help="Folder to write; an earlier deployment there is replaced.  [default: MODEL's name + .deployment, here]",
+)
+@click.option(
+    "--target",
+    metavar="NAME|FILE.toml",
+    default="paper",
+    show_default=True,
+    help="The hardware: a preset (see 'rerampile targets') or a file.",
+)
+@click.option(
+    *("--set", "settings"),
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_settings,
+    help="Change a key of the target, the value as in TOML. May be repeated.",
+)
+@click.option(
+    "--mapping",
+    type=click.Choice(_SCHEMES),
+    help="How a weight becomes cells.  [default: the target's]",
+)
+@click.option(
+    "--scale",
+    type=click.Choice(["channel", "tensor"]),
+    default="channel",
+    show_default=True,
+    help="One full scale for each output channel, or for the whole tensor.",
+)
+@click.option(
+    "--prune",
+    metavar="RATIO|NAME=RATIO,...",
+    callback=_ratios,
+    help="Zero the smallest weights: one ratio, or one for each block (a number of output channels) or layer name "
+    "pattern; later ones win.",
+)
+@click.option("--masks", metavar="FILE", type=_PATH, help="Zero what an .npz or .safetensors file of masks says.")
+@click.option("--pack", is_flag=True, help="Let small partitions share arrays.")
+@click.option("--inputs", metavar="FILE.npz", type=_PATH, help="Verify with these inputs.  [default: generated ones]")
+@click.option(
+    "--tolerance",
+    metavar="X",
+    type=float,
+    help="Largest output error that passes, as a share of the output's largest magnitude.  [default: by the model's "
+    "arithmetic]",
+)
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Of the inputs.")
+@click.option("--keep-stages", is_flag=True, help="Write what each pass produced into FOLDER/stages.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress lines.")
+@click.option("-v", "--verbose", is_flag=True, help="Also say what stays digital and why, and name the versions.")
+@_json_option
+def compile_(
+    model: Path,
+    out: Path | None,
+    target: str,
+    settings: dict[str, Any],
+    mapping: str | None,
+    scale: Literal["channel", "tensor"],
+    prune: float | dict[str, float] | None,
+    masks: Path | None,
+    pack: bool,
+    inputs: Path | None,
+    tolerance: float | None,
+    seed: int,
+    keep_stages: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Compile MODEL into a deployment folder, and verify it.
+
+    MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
+    """
+    from rerampile.compiler import compile_model
+    from rerampile.target import Target
+
+    if verbose:
+        _say_versions()
+    with _Progress(quiet) as progress:
+        deployment = compile_model(
+            model,
+            out=out or Path(f"{model.stem}.deployment"),
+            target=Target.load(target, settings),
+            mapping=mapping,
+            scale=scale,
+            prune=prune,
+            masks=masks,
+            pack=pack,
+            inputs=inputs,
+            tolerance=tolerance,
+            seed=seed,
+            keep_stages=keep_stages,
+            progress=progress,
+        )
+    if as_json:
+        import msgspec
+
+        plan = deployment.plan
+        _print_json(
+            {
+                "folder": str(deployment.folder),
+                "totals": msgspec.to_builtins(plan.totals),
+                "verification": msgspec.to_builtins(plan.verification),
+            }
+        )
+        return
+    from rerampile.show import console, show_summary
+
+    show_summary(console(), deployment, verbose)
+
+
+def _say_versions() -> None:
+    from importlib.metadata import version
+
+    names = ("rerampile", "numpy", "onnx", "onnxruntime")
+    click.echo(", ".join(f"{name} {version(name)}" for name in names), err=True)
+
+
+@main.command(epilog=_examples("rerampile inspect model.onnx", "rerampile inspect model.onnx --json"))
+@click.argument("model", type=_PATH)
+@click.option("-v", "--verbose", is_flag=True, help="List every digital node with its reason.")
+@_json_option
+def inspect(model: Path, verbose: bool, as_json: bool) -> None:
+    """Show what of MODEL maps, and what stays digital.
+
+    Nothing is compiled. Each layer comes with its matrix and what folds into it, each digital node with its reason.
+    """
+    from rerampile.graph import ModelGraph
+    from rerampile.onnx_file import load_model_file
+    from rerampile.passes.find_layers import find_layers
+    from rerampile.passes.fold import fold_neighbours
+    from rerampile.show import console, model_data, show_model
+
+    loaded = load_model_file(model)
+    graph = ModelGraph(loaded)
+    layers, digital = find_layers(graph)
+    layers = fold_neighbours(graph, layers)
+    folded = {id(fold.node) for layer in layers for fold in layer.folds}
+    digital = [operation for operation in digital if id(operation.node) not in folded]
+    data = model_data(loaded, graph, [layer.block for layer in layers], layers, digital)
+    if as_json:
+        _print_json(data)
+    else:
+        show_model(console(), data, verbose)
+
+
+@main.command(epilog=_examples("rerampile verify model.deployment"))
+@click.argument("folder", type=_PATH)
+@_json_option
+def verify(folder: Path, as_json: bool) -> None:
+    """Verify a deployment again, from its files alone.
+
+    Checksums, the place of every weight, the weights that the cells hold, and the outputs of the deployed model against
+    those recorded when it was compiled.
+    """
+    from rerampile.deployment import load_deployment
+    from rerampile.runtime.verify import verify_deployment
+    from rerampile.show import console, show_verification
+
+    found = verify_deployment(folder)
+    deployment = load_deployment(folder)
+    if as_json:
+        import msgspec
+
+        _print_json({"folder": str(deployment.folder), "verification": msgspec.to_builtins(found)})
+    else:
+        show_verification(console(), deployment, found)
+
+
+@main.command(
+    epilog=_examples(
+        "rerampile show model.deployment",
+        "rerampile show model.deployment/plan.json --json",
+        "rerampile show model.deployment --array 0 --npy array0.npy",
+    )
+)
+@click.argument("plan", metavar="FOLDER|plan.json", type=_PATH)
+@click.option(
+    "--array",
+    "array_id",
+    metavar="ID",
+    type=int,
+    help="Show one array: its address, what it holds, its cells.",
+)
+@click.option(
+    "--npy",
+    metavar="FILE",
+    type=_PATH,
+    help="Write the cells of that array, [rows, columns], spare ones included.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="List every array and every digital node.")
+@_json_option
+def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
+    """Show the plan of a deployment, or one of its arrays."""
+    from rerampile.show import array_data, console, plan_data, show_array, show_plan
+
+    if array_id is None:
+        if npy is not None:
+            raise click.UsageError("--npy needs --array ID: which array is to be written?")
+        from rerampile.plan import read_plan
+        from rerampile.target import Target
+
+        path = plan / "plan.json" if plan.is_dir() else plan
+        read = read_plan(path)
+        if as_json:
+            _print_json(plan_data(read))
+        else:
+            show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
+        return
+    from rerampile.checks import check_placement
+    from rerampile.deployment import load_deployment
+
+    deployment = load_deployment(plan)
+    check_placement(deployment)
+    if npy is not None:
+        _write_npy(npy, deployment, array_id)
+    if as_json:
+        _print_json(array_data(deployment, array_id))
+    else:
+        show_array(console(), deployment, array_id)
+
+
+def _write_npy(path: Path, deployment: Deployment, array_id: int) -> None:
+    """Write the picture of an array to a temporary sibling and rename it."""
+    import numpy as np
+
+    from rerampile.errors import ConfigError
+
+    cells = deployment.array(array_id)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, cells, allow_pickle=False)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    click.echo(f"{path}: {cells.dtype} {list(cells.shape)}", err=True)
+
+
+@main.command(epilog=_examples("rerampile targets", "rerampile targets isaac > my-chip.toml"))
+@click.argument("name", required=False)
+@_json_option
+def targets(name: str | None, as_json: bool) -> None:
+    """List the hardware presets, or print one."""
+    from rerampile.target import Target, preset_names, preset_text
+
+    if name is not None:
+        if as_json:
+            preset_text(name)  # refuses what is no preset
+            _print_json(Target.load(name).to_dict())
+        else:
+            click.echo(preset_text(name), nl=False)
+        return
+    presets = [Target.load(preset) for preset in preset_names()]
+    if as_json:
+        _print_json([target.to_dict() for target in presets])
+        return
+    from rerampile.show import console, show_targets
+
+    show_targets(console(), presets)

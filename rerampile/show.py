@@ -1,0 +1,522 @@
+"""What the commands show: tables for people, plain data for machines.
+
+Names come from models that may be hostile, so whatever is not printable is escaped before it reaches a terminal.
+Tables are as wide as the terminal, or as wide as their content where the output goes elsewhere: a pipe loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.color import Color
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from rerampile.deployment import Deployment, layer_coding, partition_blocks
+from rerampile.graph import ModelGraph
+from rerampile.layer import DigitalOperation, Layer
+from rerampile.onnx_file import ModelFile
+from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
+from rerampile.target import Target
+
+__all__ = [
+    "array_data",
+    "console",
+    "model_data",
+    "plan_data",
+    "printable",
+    "show_array",
+    "show_model",
+    "show_plan",
+    "show_summary",
+    "show_targets",
+    "show_verification",
+]
+
+_WIDE = 110  # columns of a terminal from which on the less important columns of a table are shown
+_PIPE_WIDTH = 1000
+
+Justify = Literal["left", "right"]
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters, line breaks and the like written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def console() -> Console:
+    """Return a console on stdout that takes text as it is: no markup, no emoji, no guessed colours."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=None if known else _PIPE_WIDTH)
+
+
+# Tables.
+
+
+def _table(*columns: tuple[str, Justify]) -> Table:
+    """Return an empty table; only left-justified columns may be folded when the terminal is narrow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold", header_style="bold")
+    return table
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return rows of a word and what there is to say about it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for word, text in rows:
+        grid.add_row(word, text)
+    return grid
+
+
+def _print(out: Console, *parts: RenderableType | None) -> None:
+    """Print the parts that there are, a blank line between them."""
+    for number, part in enumerate(part for part in parts if part is not None):
+        if number:
+            out.print()
+        out.print(part)
+
+
+def _matrix(groups: int, outputs: int, inputs: int) -> str:
+    return f"{outputs} × {inputs}" if groups == 1 else f"{groups} × ({outputs} × {inputs})"
+
+
+def _siemens(value: float) -> str:
+    for factor, unit in ((1.0, "S"), (1e3, "mS"), (1e6, "µS"), (1e9, "nS")):
+        if value * factor >= 0.9995:
+            return f"{value * factor:.4g} {unit}"
+    return f"{value * 1e12:.4g} pS" if value else "0 S"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _ranges(numbers: Iterable[int], most: int = 3) -> str:
+    """Return sorted numbers as inclusive ranges, ``0-35, 40``, shortened to the first few."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    words = [f"{first}-{last}" if last > first else str(first) for first, last in spans]
+    return ", ".join(words[:most]) + (f", … {spans[-1][1]}" if len(words) > most else "")
+
+
+def _listed(words: Iterable[str], most: int = 5) -> str:
+    """Return distinct words with their counts, the frequent ones first, shortened to the first few."""
+    counts = Counter(words).most_common()
+    shown = [word if count == 1 else f"{count} {word}" for word, count in counts[:most]]
+    return ", ".join(shown) + (", …" if len(counts) > most else "")
+
+
+# A model before it is compiled.
+
+
+def model_data(
+    model: ModelFile,
+    graph: ModelGraph,
+    blocks: Sequence[str],
+    layers: Sequence[Layer],
+    digital: Sequence[DigitalOperation],
+) -> dict[str, Any]:
+    """Return what ``inspect`` found as plain data.
+
+    Args:
+        model: The model.
+        graph: Its linked view.
+        blocks: The block of each layer.
+        layers: Its layers, with folds.
+        digital: What stays digital.
+    """
+    return {
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "bytes": model.size,
+            "ir_version": model.proto.ir_version,
+            "opset": model.opset,
+            "converted_from_opset": model.converted_from_opset,
+            "inlined_functions": model.inlined_functions,
+            "nodes": len(graph.nodes),
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "block": block,
+                "groups": layer.view.groups,
+                "outputs": layer.view.outputs,
+                "inputs": layer.view.inputs,
+                "weights": layer.view.shape[0] * layer.view.shape[1],
+                "weight_shape": list(layer.view.tensor_shape),
+                "uses": [{"node": node.full_name, "op": node.op, "input": slot} for node, slot in layer.uses],
+                "folds": [{"node": fold.node.full_name, "op": fold.op, "side": fold.side} for fold in layer.folds],
+            }
+            for block, layer in zip(blocks, layers, strict=True)
+        ],
+        "digital": [
+            {"node": op.node.full_name, "op": op.node.op, "code": op.code, "reason": op.reason} for op in digital
+        ],
+    }
+
+
+def show_model(out: Console, data: dict[str, Any], verbose: bool) -> None:
+    """Print what ``inspect`` found."""
+    model, layers = data["model"], data["layers"]
+    wide = out.width >= _WIDE
+    columns: list[tuple[str, Justify]] = [("layer", "left"), ("op", "left")]
+    columns += [("block", "right")] if wide else []
+    shared = any(len(layer["uses"]) > 1 for layer in layers)
+    columns += [("matrix", "right"), ("weights", "right"), ("folds", "left")]
+    columns += [("other uses", "right")] if shared else []
+    table = _table(*columns)
+    for layer in layers:
+        uses = layer["uses"]
+        matrix = _matrix(layer["groups"], layer["outputs"], layer["inputs"])
+        folds = [fold["op"] for fold in layer["folds"]]
+        table.add_row(
+            *(printable(layer["name"]), printable(uses[0]["op"])),
+            *([layer["block"]] if wide else []),
+            *(matrix, f"{layer['weights']:,}", printable(_listed(folds))),
+            *([str(len(uses) - 1 or "")] if shared else []),
+        )
+    nodes = [DigitalPlan(**node) for node in data["digital"]]
+    weights = sum(layer["weights"] for layer in layers)
+    opset = f"operator set {model['opset']}"
+    if model["converted_from_opset"] is not None:
+        opset += f" (converted from {model['converted_from_opset']})"
+    size = f"{_size(model['bytes'])}, {opset}, {_number(model['nodes'], 'node')}"
+    facts = [
+        ("model", f"{printable(model['name'])}, {size}"),
+        (
+            "layers",
+            f"{len(layers):,}, with {_number(weights, 'weight')}" if layers else "none: compile would refuse it",
+        ),
+        ("folded", printable(_listed(fold["op"] for layer in layers for fold in layer["folds"])) or "nothing"),
+        ("digital", _number(len(nodes), "node")),
+    ]
+    _print(out, table if layers else None, _digital(nodes, verbose), _facts(facts))
+
+
+def _digital(nodes: Sequence[DigitalPlan], verbose: bool) -> Table | None:
+    """Return digital nodes grouped by reason, or each of them."""
+    if not nodes:
+        return None
+    if verbose:
+        table = _table(("digital node", "left"), ("op", "left"), ("why it stays digital", "left"))
+        for node in nodes:
+            table.add_row(printable(node.node), printable(node.op), printable(node.reason))
+        return table
+    table = _table(("digital", "right"), ("operators", "left"), ("why they stay digital", "left"))
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for node in nodes:
+        by_reason[node.reason].append(node.op)
+    for reason, ops in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        table.add_row(f"{len(ops):,}", printable(_listed(ops)), printable(reason))
+    return table
+
+
+# A deployment.
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain data without its long lists: each layer carries the number of its arrays instead."""
+    data: dict[str, Any] = msgspec.to_builtins(plan)
+    for key in ("arrays", "skipped", "conventions", "files"):
+        del data[key]
+    for layer, ids in zip(data["layers"], _arrays_by_layer(plan), strict=True):
+        layer["arrays"] = len(ids)
+    return data
+
+
+def _arrays_by_layer(plan: Plan) -> list[list[int]]:
+    """Return the ids of the arrays that each layer uses."""
+    found: list[list[int]] = [[] for _ in plan.layers]
+    for array in plan.arrays:
+        for layer in sorted({partition.layer for partition in array.partitions}):
+            if layer < len(found):
+                found[layer].append(array.id)
+    return found
+
+
+def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
+    """Print the layers of a plan, its digital operations and its totals; each array too where asked."""
+    wide = out.width >= _WIDE
+    mixed = wide or len({layer.scheme for layer in plan.layers}) > 1
+    columns: list[tuple[str, Justify]] = [("layer", "left"), ("op", "left"), ("matrix", "right")]
+    columns += [("scheme", "left")] if mixed else []
+    columns += [("zero", "right"), ("folds", "left" if wide else "right")]
+    columns += [("mean cell", "right")] if wide else []
+    table = _table(*columns, ("arrays", "right"), ("ids", "left"))
+    for layer, ids in zip(plan.layers, _arrays_by_layer(plan), strict=True):
+        ops = [fold.op for fold in layer.folds]
+        table.add_row(
+            *(printable(layer.name), printable(_listed(use.op for use in layer.uses))),
+            _matrix(layer.groups, layer.outputs, layer.inputs),
+            *([layer.scheme] if mixed else []),
+            f"{layer.sparsity:.1%}" if layer.zeros else "",
+            printable(_listed(ops)) if wide else str(len(ops) or ""),
+            *([_siemens(layer.mean_cell_conductance)] if wide else []),
+            *(f"{len(ids):,}", _ranges(ids)),
+        )
+    arrays = _arrays(plan) if verbose else None
+    _print(out, table, arrays, _digital(plan.digital, verbose), _facts(_totals(plan, target)))
+
+
+def show_summary(out: Console, deployment: Deployment, verbose: bool) -> None:
+    """Print what a compilation made, and what to do next."""
+    digital = _digital(deployment.plan.digital, verbose=False) if verbose else None
+    folder = printable(shlex.quote(str(deployment.folder)))
+    facts = _facts([*_totals(deployment.plan, deployment.target), ("folder", folder)])
+    _print(out, digital, facts, Text(f"Next: rerampile show {folder}\n      rerampile verify {folder}"))
+
+
+def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
+    totals, cell = plan.totals, target.cell
+    kind = "analog cells" if target.analog else f"cells of {cell.levels} levels"
+    grid = f"{target.rows} × {target.columns} {kind}, {_siemens(cell.g_off)} to {_siemens(cell.g_on)}"
+    schemes = ", ".join(dict.fromkeys(layer.scheme for layer in plan.layers))
+    scales = " or ".join(dict.fromkeys(layer.scale for layer in plan.layers))
+    folds = sum(len(layer.folds) for layer in plan.layers)
+    there = "" if target.arrays is None else f" of {target.arrays:,} there are"
+    yield "model", f"{printable(plan.model.name)}, sha256 {plan.model.sha256[:16]}…"
+    yield "target", f"{printable(target.name)}: arrays of {grid}"
+    yield (
+        "mapping",
+        f"{schemes}, one scale a {scales}; a pair conducts {_siemens(totals.mean_pair_conductance)} on average",
+    )
+    yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
+    yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
+    yield "arrays", f"{totals.arrays:,}{there}, {totals.utilisation:.1%} of their cells used"
+    if totals.weights_without_cells or totals.arrays_saved_by_pruning or totals.arrays_saved_by_packing:
+        saved = f"by pruning {totals.arrays_saved_by_pruning:,}, by packing {totals.arrays_saved_by_packing:,}"
+        without = _number(totals.weights_without_cells, "weight")
+        yield "saved", f"{saved} of {_number(totals.arrays_without_pruning, 'array')}; {without} without cells"
+    if plan.verification is not None:
+        found = plan.verification
+        share = f"{found.max_weight_error_of_bound:.0%} of what the cells allow"
+        yield "weights", f"off by {found.max_weight_error:.2g} at most, {share}"
+        yield "outputs", _outputs(found)
+        if found.outputs_unquantised:
+            unquantised = max(output.relative_error for output in found.outputs_unquantised)
+            yield "", f"off by {unquantised:.2g} from those of the weights before they were rounded to levels"
+
+
+def _outputs(found: Verification) -> str:
+    """Return how far the outputs are off, in words."""
+    if not found.outputs:
+        return "none"
+    worst = max(found.outputs, key=lambda output: output.relative_error)
+    text = f"'{printable(worst.output)}' off by {worst.relative_error:.2g} of its largest magnitude"
+    if len(found.outputs) > 1:
+        text += f", the worst of {len(found.outputs)}"
+    return f"{text} (tolerance {found.tolerance:.2g})"
+
+
+def show_verification(out: Console, deployment: Deployment, found: Verification) -> None:
+    """Print what ``verify`` checked and found."""
+    plan = deployment.plan
+    rows = [
+        ("checksums", f"{_number(len(plan.files), 'file')} as compiled"),
+        ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
+        ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were compiled"),
+        ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
+        ("verified", printable(str(deployment.folder))),
+    ]
+    _print(out, _facts(rows))
+
+
+# Arrays.
+
+
+def _arrays(plan: Plan) -> Table:
+    """Return a table of all arrays and what they hold."""
+    table = _table(("array", "right"), ("chip.tile.core.array", "left"), ("cells", "left"), ("holds", "left"))
+    for array in plan.arrays:
+        address = f"{array.chip}.{array.tile}.{array.core}.{array.array}"
+        held = "\n".join(_held(plan, partition) for partition in array.partitions)
+        table.add_row(str(array.id), address, _roles(array), held)
+    return table
+
+
+def _roles(array: ArrayPlan) -> str:
+    slices = "" if array.slices == [0] else f", slices {_ranges(array.slices)}"
+    twin = "" if array.twin is None else f", twin {array.twin}"
+    return " and ".join(array.roles) + slices + twin
+
+
+def _held(plan: Plan, partition: Partition) -> str:
+    """Return what a partition holds, in words."""
+    known = partition.layer < len(plan.layers)
+    name = f"layer {partition.layer}"
+    if known:
+        layer = plan.layers[partition.layer]
+        name = printable(layer.name) + _groups(partition, layer.groups)
+    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(partition.output_indices)}"
+    return f"{name}, {matrix}, at row {partition.row}, column {partition.column}"
+
+
+def _groups(partition: Partition, groups: int) -> str:
+    """Return the groups of a layer that a partition holds, as words behind the layer's name."""
+    first, end = partition.groups
+    return "" if groups == 1 else f", group{'s' if end - first > 1 else ''} {_ranges(range(first, end))}"
+
+
+def array_data(deployment: Deployment, array_id: int) -> dict[str, Any]:
+    """Return one array as plain data: its part of the plan, and its cells row by row."""
+    array = deployment.array_plan(array_id)
+    return {
+        **msgspec.to_builtins(array),
+        "unit": "S" if deployment.target.analog else "level",
+        "cells": deployment.array(array_id).tolist(),
+    }
+
+
+def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
+    """Print where an array sits, what it holds, and a picture of its cells."""
+    plan, target = deployment.plan, deployment.target
+    array, cells = deployment.array_plan(array_id), deployment.array(array_id)
+    used = np.zeros(cells.shape, np.bool_)
+    width = len(array.roles) * len(array.slices)
+    table = _table(("layer", "left"), ("rows", "left"), ("columns", "left"), ("inputs", "left"), ("outputs", "left"))
+    for partition in array.partitions:
+        blocks = list(partition_blocks(partition, width))
+        for _, rows, columns in blocks:
+            used[rows, columns] = True
+        layer = plan.layers[partition.layer]
+        table.add_row(
+            printable(layer.name) + _groups(partition, layer.groups),
+            f"{blocks[0][1].start}-{blocks[-1][1].stop - 1}",
+            f"{blocks[0][2].start}-{blocks[-1][2].stop - 1}",
+            _ranges(partition.input_indices),
+            _ranges(partition.output_indices),
+        )
+    siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)
+    extremes = f"{_siemens(siemens[used].min())} to {_siemens(siemens[used].max())}"
+    if not target.analog:
+        extremes = f"levels {cells[used].min()} to {cells[used].max()}, {extremes}"
+    address = f"chip {array.chip}, tile {array.tile}, core {array.core}, array {array.array}"
+    size = f"{cells.shape[0]} × {cells.shape[1]}"
+    facts = [
+        ("array", f"{array.id} at {address}"),
+        ("cells", f"{size}, {_roles(array)}; {used.mean():.1%} used, the others spare"),
+        ("range", extremes),
+    ]
+    _print(out, table, _picture(out, siemens, used), _facts(facts))
+
+
+_SHADES, _ASCII_SHADES = "░▒▓█", ".:*#"
+# From low to high, readable in the dark, in print, and to the colour-blind; spare cells are darker than any.
+_RAMP = np.array([(40, 40, 120), (50, 90, 140), (30, 145, 140), (95, 200, 95), (250, 230, 40)], np.float64)
+_SPARE = (24, 24, 24)
+
+
+def _picture(out: Console, siemens: npt.NDArray[np.float32], used: npt.NDArray[np.bool_]) -> Group:
+    """Return the mean conductance of square patches of cells, in colour or in shades; spare cells are dark or blank.
+
+    Args:
+        out: Where it will be printed.
+        siemens: Conductance of each cell, [rows, columns].
+        used: Which cells belong to a partition, [rows, columns].
+    """
+    side = -(-siemens.shape[1] // (min(out.width, 132) - 2))
+    coloured = out.color_system is not None and not out.no_color
+    mean = _patches(siemens, used, side if coloured else 2 * side, side)
+    low, high = float(np.nanmin(mean)), float(np.nanmax(mean))
+    level = (mean - low) / ((high - low) or 1.0)
+    shades = _ASCII_SHADES if out.options.ascii_only else _SHADES
+    if coloured:
+        lines, (dark, bright) = _half_blocks(level), _rgb(np.array([0.0, 1.0]))
+        ends = Text("■", Style(color=Color.from_rgb(*dark))), Text("■", Style(color=Color.from_rgb(*bright)))
+    else:
+        number = np.minimum(np.nan_to_num(level) * len(shades), len(shades) - 1).astype(int)
+        blank = np.isnan(level)
+        lines = [
+            Text("".join(" " if b else shades[n] for n, b in zip(*row, strict=True)))
+            for row in zip(number, blank, strict=True)
+        ]
+        ends = Text(shades[0]), Text(shades[-1])
+    dash, bar = "-|" if out.options.ascii_only else "─│"
+    edge = Text(f" {dash * lines[0].cell_len}")
+    legend = Text.assemble(
+        f" each character {2 * side} × {side} cells, on average: ",
+        *(ends[0], f" {_siemens(low)} to ", ends[1], f" {_siemens(high)}"),
+    )
+    return Group(edge, *(Text.assemble(bar, line, bar) for line in lines), edge, legend)
+
+
+def _patches(
+    siemens: npt.NDArray[np.float32], used: npt.NDArray[np.bool_], height: int, width: int
+) -> npt.NDArray[np.float64]:
+    """Return the mean of the used cells of each patch of ``height`` × ``width``, NaN where none is."""
+
+    def sums(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        by_row = np.add.reduceat(values.astype(np.float64), np.arange(0, values.shape[0], height), axis=0)
+        return np.add.reduceat(by_row, np.arange(0, values.shape[1], width), axis=1)
+
+    count = sums(used)
+    means: npt.NDArray[np.float64] = np.full(count.shape, np.nan)
+    return np.divide(sums(siemens * used), count, out=means, where=count > 0)
+
+
+def _half_blocks(level: npt.NDArray[np.float64]) -> list[Text]:
+    """Return lines of characters that each show one patch above another, by foreground and background."""
+    if len(level) % 2:
+        level = np.pad(level, ((0, 1), (0, 0)), constant_values=np.nan)
+    colours = _rgb(level)
+    return [
+        Text.assemble(
+            *(
+                ("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+                for above, below in zip(top, bottom, strict=True)
+            )
+        )
+        for top, bottom in zip(colours[::2], colours[1::2], strict=True)
+    ]
+
+
+def _rgb(level: npt.NDArray[np.float64]) -> Any:
+    """Return the colour of levels from 0 to 1, as nested lists of (red, green, blue); NaN is spare."""
+    position = np.nan_to_num(level) * (len(_RAMP) - 1)
+    colours = np.stack([np.interp(position, np.arange(len(_RAMP)), channel) for channel in _RAMP.T], axis=-1)
+    return np.where(np.isnan(level)[..., None], _SPARE, colours).astype(int).tolist()
+
+
+# Targets.
+
+
+def show_targets(out: Console, targets: Sequence[Target]) -> None:
+    """Print targets as a table."""
+    right: Justify = "right"
+    columns: list[tuple[str, Justify]] = [("target", "left"), ("array", right), ("cell", "left"), ("range", "left")]
+    table = _table(*columns, ("slices", right), ("arrays", right), ("mapping", "left"), ("source", "left"))
+    for target in targets:
+        table.add_row(
+            printable(target.name),
+            f"{target.rows} × {target.columns}",
+            "analog" if target.cell.levels is None else f"{target.cell.levels} levels",
+            f"{_siemens(target.cell.g_off)} to {_siemens(target.cell.g_on)}",
+            str(target.slices),
+            "unlimited" if target.arrays is None else f"{target.arrays:,}",
+            target.mapping,
+            printable(target.source),
+        )
+    _print(out, table)
