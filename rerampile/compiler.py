@@ -87,6 +87,10 @@ def compile_model(
     )
     if options.masks is not None and options.prune:
         raise ConfigError("both masks and pruning ratios were given, expected one of the two")
+    if seed < 0:
+        raise ConfigError(f"seed {seed}: expected 0 or more")
+    if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
+        raise ConfigError(f"tolerance {tolerance:g}: expected 0 or more")
     loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
     with _written_whole(Path(out)) as folder:
         unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
@@ -169,7 +173,11 @@ def _move_into_place(folder: Path, out: Path) -> None:
         return
     earlier = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(earlier)
-    folder.rename(out)
+    try:
+        folder.rename(out)
+    except BaseException:
+        earlier.rename(out)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)
 
 
