@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.errors import ModelError
+from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
 from rerampile.schemes import Coding, Scheme
 from rerampile.target import Target
@@ -28,9 +28,15 @@ class Map:
         """Fill ``mapped``.
 
         Raises:
-            ModelError: A weight is NaN or infinite.
+            ModelError: A weight is NaN, infinite or too large.
+            ConfigError: The cells have too few levels for the scheme.
         """
         coding = coding_for(unit.target, unit.options.mapping)
+        if coding.span <= 0:
+            raise ConfigError(
+                f"mapping '{coding.scheme}': one cell of {coding.levels} levels holds zero and weights of one sign "
+                f"only; use more levels or slices, or a scheme with a pair of cells"
+            )
         return replace(unit, mapped={layer.name: _map_layer(unit, layer, coding) for layer in unit.layers})
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
@@ -59,6 +65,12 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
         raise ModelError(
             f"{unit.model.name}: layer '{layer.name}' has a NaN or infinite weight in output "
             f"{int(np.flatnonzero(~np.isfinite(magnitude))[0])}, expected finite numbers; export the model again"
+        )
+    limit = float(np.finfo(np.float32).max) * coding.span
+    if magnitude.max(initial=0) > limit:
+        raise ModelError(
+            f"{unit.model.name}: layer '{layer.name}': weights of up to {magnitude.max():.3g}, expected at most "
+            f"{limit:.3g}, where weight per siemens still fits float32; scale the model down"
         )
     zeros = weights.size - int(np.count_nonzero(weights))
     return MappedLayer(
