@@ -67,7 +67,7 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
             f"{int(np.flatnonzero(~np.isfinite(magnitude))[0])}, expected finite numbers; export the model again"
         )
     limit = float(np.finfo(np.float32).max) * coding.span
-    if magnitude.max(initial=0) > limit:
+    if float(magnitude.max(initial=0)) > limit:
         raise ModelError(
             f"{unit.model.name}: layer '{layer.name}': weights of up to {magnitude.max():.3g}, expected at most "
             f"{limit:.3g}, where weight per siemens still fits float32; scale the model down"
