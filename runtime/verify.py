@@ -39,6 +39,7 @@ Outputs = Sequence[Any]
 # Largest error of an output relative to its largest magnitude, by the coarsest arithmetic around a mapped layer.
 _TOLERANCE = {"float": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinear", "ConvInteger", "MatMulInteger")
+_ROUNDING = 5e-2  # from end to end, where activations are rounded; layer by layer the above holds
 _THREADS = 2  # each holds one layer and its decoded copy
 
 
@@ -172,7 +173,7 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
         return unit.options.tolerance
     types = {TensorProto.DataType.Name(layer.element_type).lower() for layer in unit.layers}
     arithmetic = max((_TOLERANCE[kind] for kind in types & _TOLERANCE.keys()), default=_TOLERANCE["float"])
-    return arithmetic if sensitivity is None else max(arithmetic, 2 * sensitivity)
+    return arithmetic if sensitivity is None else max(arithmetic, _ROUNDING, 2 * sensitivity)
 
 
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
