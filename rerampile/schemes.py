@@ -111,8 +111,8 @@ class Coding:
         if self.level_table is None:
             return float(np.float32(middle))
         number = self._order[self._nearest(np.array([middle]))[0]]
-        levels = self.levels or 0
-        return float(self._value([np.array(number // levels**k % levels) for k in range(self.slices)]))
+        levels, table = self.levels or 0, np.array(self.level_table, np.float32)
+        return float(self._sum([table[number // levels**k % levels] for k in range(self.slices)]))
 
     @property
     def span(self) -> float:
@@ -172,20 +172,20 @@ class Coding:
 
     def difference(self, cells: Array) -> Floats:
         """Return ``P - N`` of cells [slices, cells, ...] as float32 [...], in steps or siemens."""
-        if self.cells == 1:
-            return np.subtract(self._value(cells[:, 0]), np.float32(self.reference))
-        if self.slices == 1 and self.cell_values is None:
-            plain: Floats = np.subtract(cells[0, 0], cells[0, 1], dtype=np.float32)
-            return plain
-        return np.subtract(self._value(cells[:, 0]), self._value(cells[:, 1]))
+        return self.combine(cells if self.cell_values is None else self.cell_values[cells])
 
-    def _value(self, slices: Iterable[Array]) -> Floats:
-        """Return the value that a + or - cell, sliced over [slices, ...], adds up to, float32 [...]."""
-        values = self.cell_values
-        parts = (
-            (code if values is None else values[code]) * np.float32(significance)
-            for significance, code in zip(self.significances, slices, strict=True)
-        )
+    def combine(self, values: Array) -> Floats:
+        """Return ``P - N`` of what cells [slices, cells, ...] are worth: siemens, or levels, which may be fractions."""
+        if self.cells == 1:
+            return np.subtract(self._sum(values[:, 0]), np.float32(self.reference))
+        if self.slices == 1:
+            plain: Floats = np.subtract(values[0, 0], values[0, 1], dtype=np.float32)
+            return plain
+        return np.subtract(self._sum(values[:, 0]), self._sum(values[:, 1]))
+
+    def _sum(self, slices: Iterable[Array]) -> Floats:
+        """Return the value that a + or - cell, sliced over values [slices, ...], adds up to, float32 [...]."""
+        parts = (np.float32(s) * value for s, value in zip(self.significances, slices, strict=True))
         total: Floats = functools.reduce(np.add, parts).astype(np.float32, copy=False)
         return total
 
