@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rerampile.errors import DataError, FaultRunError, did_you_mean
 from rerampile.runtime.session import run
 
-__all__ = ["fitting_inputs", "inputs_from_file"]
+__all__ = ["declared_dtype", "fitting_inputs", "inputs_from_file", "random_array"]
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -57,7 +57,7 @@ def inputs_from_file(path: Path, session: Any) -> Inputs:
     for name, value in declared.items():
         if name not in found:
             raise DataError(f"{path}: input '{name}' is missing, expected an array of {value.type} {value.shape}")
-        dtype, shape = _dtype(name, value.type), found[name].shape
+        dtype, shape = declared_dtype(name, value.type), found[name].shape
         fits = len(shape) == len(value.shape) and all(
             not isinstance(d, int) or d == s for d, s in zip(value.shape, shape, strict=True)
         )
@@ -111,8 +111,12 @@ def _key(value: Any, axis: int) -> tuple[str, int] | str:
 
 
 def _generate(value: Any, sizes: dict[tuple[str, int] | str, int], rng: np.random.Generator) -> npt.NDArray[Any]:
-    dtype = np.dtype(_dtype(value.name, value.type))
     shape = [sizes.get(_key(value, axis), dim) for axis, dim in enumerate(value.shape)]
+    return random_array(np.dtype(declared_dtype(value.name, value.type)), shape, rng)
+
+
+def random_array(dtype: np.dtype[Any], shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[Any]:
+    """Draw an array: standard normal numbers, any byte, fair booleans, small indices."""
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)
     if dtype.kind == "b":
@@ -123,7 +127,12 @@ def _generate(value: Any, sizes: dict[tuple[str, int] | str, int], rng: np.rando
     return rng.integers(0, _TOKENS, shape, dtype)
 
 
-def _dtype(name: str, kind: str) -> Any:
+def declared_dtype(name: str, kind: str) -> Any:
+    """Return the numpy type of a declared input such as ``tensor(float)``.
+
+    Raises:
+        DataError: It is no tensor of numbers.
+    """
     found = re.fullmatch(r"tensor\((\w+)\)", kind)
     if found is None or found[1] not in _DTYPES:
         raise DataError(f"input '{name}' is a {kind}, expected a tensor of numbers; it cannot be generated or read")

@@ -1,0 +1,777 @@
+"""Data sets, read as a stream of batches in a fixed order.
+
+:func:`open_dataset` turns ``cifar10:DIR@train``, ``imagefolder:DIR``, ``coco:IMAGES,instances.json``, ``npz:FILE`` or
+``generated`` into a :class:`Dataset`. Anything with the members of that protocol is one: a user's own class is passed
+wherever one of these is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.onnx_file import file_sha256
+from rerampile.runtime.inputs import declared_dtype, fitting_inputs, random_array
+from rerampile.runtime.preprocessing import Pipeline, Pixels, Placement, Preprocessing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Batch", "BoxDataset", "BoxTarget", "Dataset", "ImageDataset", "open_dataset", "write_first_image"]
+
+Indices = npt.NDArray[np.int64]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_CACHE_BYTES = 256 << 20  # decoded images kept between passes: 1,700 of 224 × 224
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images and what is known of them.
+
+    Attributes:
+        inputs: Arrays by input name. Where the model's batch is fixed, the last batch is filled up by repeating its
+            last image: only the first ``len(indices)`` rows count.
+        targets: Labels, int64 [n]; or a list of :class:`BoxTarget`; or None.
+        indices: int64 [n], which images of the data set these are.
+    """
+
+    inputs: dict[str, npt.NDArray[Any]]
+    targets: Any
+    indices: Indices
+
+
+class Dataset(Protocol):
+    """Images in a fixed order, with what is known of them.
+
+    Attributes:
+        name: For messages and reports.
+        kind: What the targets are: ``labels``, ``boxes`` or ``none``.
+        digest: sha256 of all that is read, as hex, for reports.
+        classes: How many classes the labels come from; None where the data do not say.
+        skipped: Images that could not be read and were left out so far, by index.
+    """
+
+    name: str
+    kind: Literal["labels", "boxes", "none"]
+    classes: int | None
+    skipped: dict[int, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that is read."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, indices: Indices | None = None) -> Iterator[Batch]:
+        """Yield the images, or those of ``indices``, in order and ``size`` at a time."""
+        ...
+
+
+class BoxTarget(NamedTuple):
+    """One image of a COCO data set: its id, its size in pixels, and where it lies in the input."""
+
+    image_id: int
+    width: int
+    height: int
+    placement: Placement
+
+
+def open_dataset(
+    spec: str,
+    session: Any,
+    preprocessing: Preprocessing | None = None,
+    *,
+    default_split: str = "test",
+    generate: int = 64,
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> Dataset:
+    """Open a data set for a model.
+
+    Args:
+        spec: ``ADAPTER:WHERE@SPLIT``, see docs/data.md.
+        session: The model's ONNX Runtime session; the data have to fit its inputs.
+        preprocessing: How images become inputs; by default as the data, the model's input and its metadata say.
+        default_split: The split where ``spec`` names none.
+        generate: How many inputs ``generated`` makes.
+        seed: Seed of generated inputs.
+        skip_bad: Leave out images that cannot be read instead of raising.
+
+    Raises:
+        ConfigError: Adapter, split or preprocessing are not known.
+        DataError: The data are missing, damaged, or do not fit the model.
+    """
+    adapter, _, rest = spec.partition(":")
+    if adapter not in _ADAPTERS:
+        raise ConfigError(f"--data: unknown adapter '{adapter}'{did_you_mean(adapter, _ADAPTERS)}")
+    if generate < 1:
+        raise ConfigError(f"--images: {generate}, expected 1 or more")
+    where, split = _split_of(rest)
+    if not where and adapter != "generated":
+        raise ConfigError(f"--data: '{spec}' names no data, expected {_ADAPTERS[adapter].form}")
+    source = _Source(
+        spec=spec,
+        where=where,
+        split=split or default_split,
+        split_named=split is not None,
+        session=session,
+        preprocessing=preprocessing or Preprocessing(),
+        generate=generate,
+        seed=seed,
+        skip_bad=skip_bad,
+    )
+    return _ADAPTERS[adapter].open(source)
+
+
+def _split_of(text: str) -> tuple[str, str | None]:
+    """Part ``WHERE@SPLIT``; an @ inside a path is part of it."""
+    found = re.fullmatch(r"(.*)@([\w-]+)", text)
+    return (found[1], found[2]) if found else (text, None)
+
+
+def write_first_image(dataset: ImageDataset, path: Path) -> None:
+    """Write the first image to a PNG as the model sees it, its normalisation undone.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    batch = next(dataset.batches(1))
+    picture = dataset.pipeline.picture(batch.inputs[dataset.pipeline.input][0])
+    try:
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What an adapter gets; see :func:`open_dataset`."""
+
+    spec: str
+    where: str
+    split: str
+    split_named: bool
+    session: Any
+    preprocessing: Preprocessing
+    generate: int
+    seed: int
+    skip_bad: bool
+
+    def pipeline(self, preset: str) -> Pipeline:
+        return self.preprocessing.pipeline(self.session, preset)
+
+    def require(self, images: int) -> None:
+        """Refuse data without images."""
+        if images == 0:
+            raise DataError(f"{self.spec}: no images ({', '.join(IMAGE_SUFFIXES)}), expected at least one")
+
+    def no_split(self) -> None:
+        """Refuse a split where the adapter has none."""
+        if self.split_named:
+            raise ConfigError(
+                f"--data: '{self.spec}' names a split, but these data have none; leave out '@{self.split}'"
+            )
+
+
+@dataclass(kw_only=True)
+class ImageDataset:
+    """Images that go through a pipeline; the base of the adapters that read pictures.
+
+    Decoded images of the model's size are kept in memory up to a bound, so that the next pass need not decode them.
+
+    Attributes:
+        name: For messages and reports.
+        kind: What the targets are.
+        classes: How many classes the labels come from, None where the data do not say.
+        pipeline: How an image becomes an input.
+        rows: The model's fixed batch, None where it is free.
+        names: Names of the images, for messages.
+        load: Opens an image by index.
+        target: Makes the target of an image from its index and placement.
+        hash_data: Feeds all that is read to a hash.
+        skip_bad: Leave out images that cannot be read.
+        skipped: Those left out so far.
+    """
+
+    name: str
+    kind: Literal["labels", "boxes", "none"]
+    classes: int | None
+    pipeline: Pipeline
+    rows: int | None
+    names: Sequence[str]
+    load: Callable[[int], Image.Image]
+    target: Callable[[int, Placement], Any]
+    hash_data: Callable[[Any], None]
+    skip_bad: bool = False
+    skipped: dict[int, str] = field(default_factory=dict)
+    _kept: dict[int, tuple[Pixels, Placement]] = field(default_factory=dict, repr=False)
+    _kept_bytes: int = field(default=0, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that is read, in order."""
+        found = hashlib.sha256()
+        self.hash_data(found)
+        return found.hexdigest()
+
+    def batches(self, size: int, indices: Indices | None = None) -> Iterator[Batch]:
+        """Yield the images, or those of ``indices``, in order and ``size`` at a time.
+
+        Raises:
+            DataError: An image cannot be read and ``skip_bad`` is off, or none can be read.
+        """
+        wanted = np.arange(len(self), dtype=np.int64) if indices is None else indices
+        empty = True
+        for chunk in _chunks(wanted, self.rows or size):
+            found = [(index, placed) for index in chunk if (placed := self._placed(int(index))) is not None]
+            if not found:
+                continue
+            empty = False
+            targets = [self.target(int(index), placement) for index, (_, placement) in found]
+            tensor = self.pipeline.tensor(_stack([pixels for _, (pixels, _) in found], self.rows, self.name))
+            yield Batch(
+                inputs={self.pipeline.input: tensor},
+                targets=np.array(targets, np.int64) if self.kind == "labels" else targets,
+                indices=np.array([index for index, _ in found], np.int64),
+            )
+        if empty:
+            raise DataError(f"{self.name}: none of its {len(wanted)} images can be read")
+
+    def _placed(self, index: int) -> tuple[Pixels, Placement] | None:
+        """Return an image at the model's size and where it lies in it, None where it is left out."""
+        kept = self._kept.get(index)
+        if kept is not None or index in self.skipped:
+            return kept
+        try:
+            placed = self.pipeline.place(self.load(index), self.names[index])
+        except (OSError, SyntaxError, ValueError, _bomb()) as error:
+            self.skipped[index] = " ".join(str(error).split())[:200]
+            if not self.skip_bad:
+                raise DataError(
+                    f"{self.names[index]}: not a readable image ({self.skipped.pop(index)}); mend or remove it, or go "
+                    f"on without it with --skip-bad"
+                ) from error
+            return None
+        if self._kept_bytes < _CACHE_BYTES:
+            self._kept[index] = placed
+            self._kept_bytes += placed[0].nbytes
+        return placed
+
+
+def _bomb() -> type[Exception]:
+    from PIL import Image
+
+    return Image.DecompressionBombError
+
+
+def _stack(pixels: Sequence[Pixels], rows: int | None, name: str) -> Pixels:
+    """Stack images to a batch, filled up to ``rows`` by repeating the last."""
+    if len({image.shape for image in pixels}) > 1:
+        raise DataError(f"{name}: images of different sizes, and neither model nor --size says which; give --size")
+    return np.stack([*pixels, *[pixels[-1]] * ((rows or 0) - len(pixels))])
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    if size < 1:
+        raise ConfigError(f"--batch: {size}, expected 1 or more")
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _fixed_rows(session: Any) -> int | None:
+    """Return the batch that every input of a model declares, None where one leaves it open or they differ."""
+    firsts = {value.shape[0] if value.shape else None for value in session.get_inputs()}
+    only = firsts.pop() if len(firsts) == 1 else None
+    return only if isinstance(only, int) and only > 0 else None
+
+
+# cifar10 ------------------------------------------------------------------------------------------
+
+_CIFAR_FOLDER = "cifar-10-batches-bin"
+_CIFAR_RECORD = 1 + 3 * 32 * 32  # label, then red, green and blue planes
+_CIFAR_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
+_CIFAR_SPLITS = {"train": _CIFAR_BATCHES, "test": ("test_batch",), **{name: (name,) for name in _CIFAR_BATCHES}}
+
+
+def _open_cifar10(source: _Source) -> ImageDataset:
+    if source.split not in _CIFAR_SPLITS:
+        raise ConfigError(f"--data: cifar10 has no split '{source.split}'{did_you_mean(source.split, _CIFAR_SPLITS)}")
+    folder = Path(source.where)
+    folder = folder / _CIFAR_FOLDER if (folder / _CIFAR_FOLDER).is_dir() else folder
+    paths = [folder / f"{name}.bin" for name in _CIFAR_SPLITS[source.split]]
+    files = [_cifar_file(path) for path in paths]
+    starts = np.cumsum([0, *map(len, files)])
+
+    def record(index: int) -> tuple[Path, int, Pixels]:
+        number = int(np.searchsorted(starts, index, "right")) - 1
+        row = index - int(starts[number])
+        return paths[number], row, files[number][row]
+
+    def load(index: int) -> Image.Image:
+        from PIL import Image
+
+        planes = record(index)[2][1:].reshape(3, 32, 32)
+        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+    return ImageDataset(
+        name=source.spec,
+        kind="labels",
+        classes=10,
+        pipeline=source.pipeline("cifar10"),
+        rows=_fixed_rows(source.session),
+        names=_Names(int(starts[-1]), lambda index: "{}: image {}".format(*record(index)[:2])),
+        load=load,
+        target=lambda index, _: int(record(index)[2][0]),
+        hash_data=lambda found: _hash_files(found, paths),
+    )
+
+
+class _Names(Sequence[str]):
+    """Names made when they are asked for."""
+
+    def __init__(self, count: int, name: Callable[[int], str]) -> None:
+        self._count, self._name = count, name
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._name(index)
+
+
+def _cifar_file(path: Path) -> Pixels:
+    """Return the records of one file, uint8 [images, 3073], mapped into memory."""
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % _CIFAR_RECORD:
+            raise DataError(f"{path}: {size} bytes, expected a multiple of {_CIFAR_RECORD}; the file is damaged")
+        records = np.memmap(path, np.uint8, "r").reshape(-1, _CIFAR_RECORD)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}), expected the binary layout of CIFAR-10"
+        ) from error
+    wrong = np.flatnonzero(records[:, 0] > 9)
+    if wrong.size:
+        raise DataError(f"{path}: image {wrong[0]}: label {records[wrong[0], 0]}, expected 0 to 9; the file is damaged")
+    return records
+
+
+# imagefolder --------------------------------------------------------------------------------------
+
+
+def _open_imagefolder(source: _Source) -> ImageDataset:
+    folder, listing = _folder_and_list(source)
+    images = _images_below(folder)
+    if listing is None:
+        images, labels, classes = _labels_by_folder(folder, images)
+    elif _lists_images(listing):
+        images, labels, classes = _labels_by_list(folder, listing)
+    else:
+        images, labels, classes = _labels_by_class(images, listing)
+    source.require(len(images))
+
+    def hash_data(found: Any) -> None:
+        for image, label in zip(images, labels, strict=True):
+            found.update(f"{image.relative_to(folder).as_posix()} {label}\n".encode())
+        _hash_files(found, images)
+
+    return ImageDataset(
+        name=source.spec,
+        kind="labels",
+        classes=classes,
+        pipeline=source.pipeline("imagenet"),
+        rows=_fixed_rows(source.session),
+        names=[str(image) for image in images],
+        load=lambda index: _open_image(images[index]),
+        target=lambda index, _: labels[index],
+        hash_data=hash_data,
+        skip_bad=source.skip_bad,
+    )
+
+
+def _folder_and_list(source: _Source) -> tuple[Path, Path | None]:
+    """Return the folder of the images and the file that labels them, None for one folder a class."""
+    text, comma, named = source.where.rpartition(",")
+    folder = Path(text if comma else named)
+    if comma and not Path(named).is_file():
+        raise DataError(f"{named}: no such file, expected a list of labels or classes (see docs/data.md)")
+    split = folder / source.split
+    if source.split_named or split.is_dir():
+        folder = split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder, expected one with images")
+    if comma:
+        return folder, Path(named)
+    known = [folder / "labels.txt", folder / "labels.csv", folder / "synset.txt", folder.parent / "synset.txt"]
+    flat = any(_is_image(entry.name) for entry in folder.iterdir())
+    listing = next((path for path in known if path.is_file()), None)
+    if flat and listing is None:
+        raise DataError(
+            f"{folder}: images without labels, expected one folder a class, or labels.txt with lines 'image label'"
+        )
+    return folder, listing
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images of a folder and of those in it, in the order of their paths."""
+    found = [
+        Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names if _is_image(name)
+    ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _labels_by_folder(folder: Path, images: list[Path]) -> tuple[list[Path], list[int], int | None]:
+    """Label each image by the folder that it lies in; folders are numbered in the order of their names."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    number = {name: k for k, name in enumerate(names)}
+    return images, [number[image.relative_to(folder).parts[0]] for image in images], len(names)
+
+
+def _lists_images(listing: Path) -> bool:
+    """Whether a file lists images with their labels, rather than classes; its first line may be a heading."""
+    return any(_is_image(_entry(line)[0]) for line in _lines(listing)[:2])
+
+
+def _labels_by_list(folder: Path, listing: Path) -> tuple[list[Path], list[int], int | None]:
+    """Read lines ``image label``; labels are numbers, or names that are numbered in their order."""
+    lines = _lines(listing)
+    entries = [_entry(line) for line in lines[0 if _is_image(_entry(lines[0])[0]) else 1 :]]
+    bad = next((entry for entry in entries if len(entry) != 2), None)
+    if bad is not None:
+        raise DataError(f"{listing}: '{bad[0][:60]}' has no label, expected lines 'image label'")
+    images, words = [folder / name for name, _ in entries], [word for _, word in entries]
+    missing = next((image for image in images if not image.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{listing}: '{missing.relative_to(folder)}' is not in {folder}")
+    if all(word.isascii() and word.isdigit() for word in words):
+        return images, [int(word) for word in words], None
+    names = {word: k for k, word in enumerate(sorted(set(words)))}
+    return images, [names[word] for word in words], len(names)
+
+
+def _labels_by_class(images: list[Path], listing: Path) -> tuple[list[Path], list[int], int | None]:
+    """Label each image by the class, of a list with one a line, that its folder or the end of its name says."""
+    number = {line.split()[0]: k for k, line in enumerate(_lines(listing))}
+    labels = []
+    for image in images:
+        label = number.get(image.parent.name, number.get(image.stem.rpartition("_")[2]))
+        if label is None:
+            raise DataError(
+                f"{image}: neither its folder nor the end of its name is a class of {listing}, "
+                f"expected a name such as 000_{next(iter(number), 'class')}{image.suffix}"
+            )
+        labels.append(label)
+    return images, labels, len(number)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines that are neither empty nor comments."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise DataError(f"{path}: is empty, expected lines 'image label', or one class a line")
+    return found
+
+
+def _entry(line: str) -> list[str]:
+    """Split a line at its last tab, comma or blank: an image's name may hold blanks, its label none."""
+    mark = next((mark for mark in "\t," if mark in line), None)
+    return [part.strip() for part in line.rsplit(mark, 1)]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _open_image(path: Path) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def _hash_files(found: Any, paths: Iterable[Path]) -> None:
+    for path in paths:
+        found.update(bytes.fromhex(file_sha256(path)))
+
+
+# coco ---------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class BoxDataset(ImageDataset):
+    """Images with boxes.
+
+    Attributes:
+        annotations: The data set in the COCO instances format, area and crowd flag of each box filled in.
+    """
+
+    annotations: dict[str, Any]
+
+
+def _open_coco(source: _Source) -> BoxDataset:
+    source.no_split()
+    folder_text, comma, file_text = source.where.rpartition(",")
+    if not comma:
+        raise ConfigError(f"--data: '{source.spec}', expected {_ADAPTERS['coco'].form}")
+    folder, file = Path(folder_text), Path(file_text)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder, expected one with images")
+    annotations = _coco_annotations(file)
+    records = annotations["images"]
+    source.require(len(records))
+    paths = [folder / record["file_name"] for record in records]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None and not source.skip_bad:
+        raise DataError(f"{missing}: no such image, but {file} lists it; add it, or go on without it with --skip-bad")
+
+    def load(index: int) -> Image.Image:
+        image, record = _open_image(paths[index]), records[index]
+        if image.size != (record["width"], record["height"]):
+            raise ValueError(
+                f"width,height {image.width},{image.height}, expected {record['width']},{record['height']} as in {file}"
+            )
+        return image
+
+    def target(index: int, placement: Placement) -> BoxTarget:
+        record = records[index]
+        return BoxTarget(record["id"], record["width"], record["height"], placement)
+
+    return BoxDataset(
+        name=source.spec,
+        kind="boxes",
+        classes=len(annotations["categories"]),
+        pipeline=source.pipeline("yolo"),
+        rows=_fixed_rows(source.session),
+        names=[str(path) for path in paths],
+        load=load,
+        target=target,
+        hash_data=lambda found: _hash_files(found, [file, *(path for path in paths if path.is_file())]),
+        skip_bad=source.skip_bad,
+        annotations=annotations,
+    )
+
+
+def _coco_annotations(file: Path) -> dict[str, Any]:
+    """Read and check the parts of a COCO instances file that detection needs."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: expected an object with images, annotations and categories")
+    images = _entries(file, found, "images", {"id": int, "file_name": str, "width": int, "height": int})
+    categories = _entries(file, found, "categories", {"id": int, "name": str})
+    boxes = _entries(file, found, "annotations", {"image_id": int, "category_id": int, "bbox": list})
+    known = {record["id"] for record in images}, {record["id"] for record in categories}
+    if len(known[0]) != len(images) or len(known[1]) != len(categories):
+        raise DataError(f"{file}: images or categories share an id, expected one each")
+    filled = []
+    for k, box in enumerate(boxes):
+        where = f"{file}: annotations[{k}]"
+        if box["image_id"] not in known[0]:
+            raise DataError(f"{where}: image_id {box['image_id']} is not one of the images")
+        if box["category_id"] not in known[1]:
+            raise DataError(f"{where}: category_id {box['category_id']} is not one of the categories")
+        sides = box["bbox"]
+        if len(sides) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in sides):
+            raise DataError(f"{where}: bbox {sides}, expected four numbers x, y, width, height")
+        area = box.get("area", sides[2] * sides[3])
+        filled.append({**box, "id": k + 1, "area": area, "iscrowd": box.get("iscrowd", 0)})
+    return {"images": images, "categories": sorted(categories, key=lambda c: c["id"]), "annotations": filled}
+
+
+def _entries(file: Path, found: Mapping[str, Any], name: str, keys: Mapping[str, type]) -> list[dict[str, Any]]:
+    entries = found.get(name)
+    if not isinstance(entries, list):
+        raise DataError(f"{file}: no list '{name}', expected the COCO instances format")
+    for k, entry in enumerate(entries):
+        for key, kind in keys.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise DataError(
+                    f"{file}: {name}[{k}]: no '{key}' ({kind.__name__}), expected the COCO instances format"
+                )
+    return entries
+
+
+# npz and generated --------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ArrayDataset:
+    """Inputs that need no preprocessing.
+
+    Attributes:
+        name: For messages and reports.
+        count: How many images there are.
+        rows: The model's fixed batch, None where it is free.
+        fetch: Makes the inputs of some images: arrays by input name, one row an image.
+        hash_data: Feeds all that is read to a hash.
+        labels: int64 [count], None where there are none.
+        at_once: The most images that a batch can hold.
+        kind: What the targets are.
+    """
+
+    name: str
+    count: int
+    rows: int | None
+    fetch: Callable[[Indices], dict[str, npt.NDArray[Any]]]
+    hash_data: Callable[[Any], None]
+    labels: npt.NDArray[np.int64] | None = None
+    at_once: int | None = None
+    kind: Literal["labels", "boxes", "none"] = field(init=False)
+    classes: int | None = None
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kind = "none" if self.labels is None else "labels"
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that is read, in order."""
+        found = hashlib.sha256()
+        self.hash_data(found)
+        return found.hexdigest()
+
+    def batches(self, size: int, indices: Indices | None = None) -> Iterator[Batch]:
+        """Yield the images, or those of ``indices``, in order and ``size`` at a time."""
+        wanted = np.arange(self.count, dtype=np.int64) if indices is None else indices
+        for chunk in _chunks(wanted, self.at_once or self.rows or size):
+            filled = chunk
+            if self.rows is not None and self.at_once is None:
+                filled = np.append(chunk, np.repeat(chunk[-1:], self.rows - len(chunk)))
+            targets = None if self.labels is None else self.labels[chunk]
+            yield Batch(inputs=self.fetch(filled), targets=targets, indices=chunk)
+
+
+def _open_npz(source: _Source) -> ArrayDataset:
+    source.no_split()
+    path = Path(source.where)
+    arrays = _read_npz(path)
+    declared = {value.name: value for value in source.session.get_inputs()}
+    labels = arrays.pop("labels", None) if "labels" not in declared else None
+    for name in arrays:
+        if name not in declared:
+            raise DataError(
+                f"{path}: '{name}' is neither labels nor an input of the model{did_you_mean(name, declared)}"
+            )
+    for name, value in declared.items():
+        _check_array(path, value, arrays.get(name))
+    counts = {name: len(array) for name, array in arrays.items()} | ({} if labels is None else {"labels": len(labels)})
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        found = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        raise DataError(f"{path}: rows of the arrays: {found}, expected the same number of images, at least one")
+    if labels is not None:
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"{path}: labels are {labels.dtype} {list(labels.shape)}, expected one integer an image")
+        if labels.min() < 0:
+            raise DataError(f"{path}: image {labels.argmin()}: label {labels.min()}, expected 0 or more")
+    return ArrayDataset(
+        name=source.spec,
+        count=next(iter(counts.values())),
+        rows=_fixed_rows(source.session),
+        fetch=lambda indices: {name: array[indices] for name, array in arrays.items()},
+        hash_data=lambda found: _hash_files(found, [path]),
+        labels=None if labels is None else labels.astype(np.int64),
+    )
+
+
+def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: not an .npz file; write one with numpy.savez(FILE, input_name=array, labels=array)")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_array(path: Path, value: Any, array: npt.NDArray[Any] | None) -> None:
+    """Refuse an array that does not fit an input; its first axis counts the images."""
+    if array is None:
+        raise DataError(f"{path}: input '{value.name}' is missing, expected an array of {value.type} {value.shape}")
+    dtype = np.dtype(declared_dtype(value.name, value.type))
+    fits = 0 < array.ndim == len(value.shape) and all(
+        not isinstance(d, int) or d == s for d, s in zip(value.shape[1:], array.shape[1:], strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        raise DataError(
+            f"{path}: input '{value.name}' is {array.dtype} {list(array.shape)}, expected {dtype} {value.shape}"
+        )
+
+
+def _open_generated(source: _Source) -> ArrayDataset:
+    source.no_split()
+    count = source.generate
+    if source.where:
+        if not source.where.isdecimal() or int(source.where) < 1:
+            raise ConfigError(f"--data: '{source.spec}', expected {_ADAPTERS['generated'].form}")
+        count = int(source.where)
+    example, _ = fitting_inputs(source.session, source.seed)
+    firsts = {array.shape[:1] for array in example.values()}
+    whole = len(firsts) != 1 or () in firsts  # inputs that no common first axis counts are generated as a whole
+
+    def one(index: int) -> list[npt.NDArray[Any]]:
+        return [
+            random_array(
+                array.dtype, array.shape if whole else array.shape[1:], np.random.default_rng([source.seed, k, index])
+            )
+            for k, array in enumerate(example.values())
+        ]
+
+    def fetch(indices: Indices) -> dict[str, npt.NDArray[Any]]:
+        rows = [one(int(index)) for index in indices]
+        arrays = rows[0] if whole else [np.stack(parts) for parts in zip(*rows, strict=True)]
+        return dict(zip(example, arrays, strict=True))
+
+    recipe = [source.seed, count, [(name, str(array.dtype), array.shape) for name, array in example.items()]]
+    return ArrayDataset(
+        name=source.spec,
+        count=count,
+        rows=_fixed_rows(source.session),
+        fetch=fetch,
+        hash_data=lambda found: found.update(json.dumps(recipe).encode()),
+        at_once=1 if whole else None,
+    )
+
+
+class _Adapter(NamedTuple):
+    """How a kind of data is written in a spec, and what opens it."""
+
+    form: str
+    open: Callable[[_Source], Dataset]
+
+
+_ADAPTERS = {
+    "cifar10": _Adapter("cifar10:DIR or cifar10:DIR@train", _open_cifar10),
+    "imagefolder": _Adapter("imagefolder:DIR or imagefolder:DIR,labels.txt", _open_imagefolder),
+    "coco": _Adapter("coco:IMAGES,instances.json", _open_coco),
+    "npz": _Adapter("npz:FILE", _open_npz),
+    "generated": _Adapter("generated or generated:COUNT", _open_generated),
+}
