@@ -15,17 +15,22 @@ from rerampile.errors import FaultRunError
 __all__ = ["open_session", "run"]
 
 
-def open_session(model: Path | bytes) -> Any:
-    """Open a model with ONNX Runtime's default optimisations on the CPU.
+def open_session(model: Path | bytes, options: Any = None, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """Open a model, with ONNX Runtime's default optimisations on the CPU where nothing else is asked for.
+
+    Args:
+        model: A file, or a serialised model.
+        options: ONNX Runtime's session options, or None for the default.
+        providers: Execution providers, in order of preference.
 
     Raises:
         FaultRunError: ONNX Runtime refuses the model; its own words are kept.
     """
-    options = ort.SessionOptions()
+    options = options if options is not None else ort.SessionOptions()
     options.log_severity_level = 4
     try:
         source = model if isinstance(model, bytes) else str(model)
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=list(providers))
     except Exception as error:
         name = "the model" if isinstance(model, bytes) else str(model)
         raise FaultRunError(f"ONNX Runtime cannot open {name}: {' '.join(str(error).split())[:400]}") from error

@@ -1,0 +1,190 @@
+"""Where ONNX Runtime puts each weight when it optimises a graph.
+
+Its optimiser blocks, pads and transposes weights into the order that its kernels read. That is done once: the graph is
+optimised with each weight's number in its place, and saved. Where every number comes back exactly once, weights can be
+set in the optimised graph itself, which then is never optimised again. A second optimisation, with all numbers
+negative, shows that nothing else in the graph was computed from weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rerampile.deployment import Deployment
+from rerampile.onnx_file import ModelFile, iter_graphs
+from rerampile.plan import LayerPlan
+from rerampile.runtime.plain_model import PlainModel, weight_options
+from rerampile.runtime.session import open_session
+from rerampile.runtime.weight_buffers import Place, WeightBuffers, tensor_place
+
+__all__ = ["BlockedModel", "NotApplicableError", "blocked_model"]
+
+Array = npt.NDArray[Any]
+Integers = npt.NDArray[np.int64]
+
+_SMALLEST_NORMAL, _INFINITY, _SIGN = 0x00800000, 0x7F800000, 0x80000000  # bits of float32
+_LARGEST_MODEL = 1 << 30  # bytes of digital tensors that the optimised graph may carry
+
+
+class NotApplicableError(Exception):
+    """The weights cannot be set in the optimised graph; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockedModel:
+    """An optimised graph whose weights are graph inputs.
+
+    Attributes:
+        proto: The model, to be opened without any optimisation.
+        shapes: Shape of each weight input, padding included, by name.
+        places: Where layers lie in them.
+    """
+
+    proto: onnx.ModelProto = field(repr=False)
+    shapes: dict[str, tuple[int, ...]]
+    places: list[Place] = field(repr=False)
+
+
+def blocked_model(deployment: Deployment, plain: PlainModel) -> BlockedModel:
+    """Optimise a deployment's model once, and find its weights in the result.
+
+    Raises:
+        NotApplicableError: A weight is not found once, something else depends on weights, or they are too many.
+        FaultRunError: ONNX Runtime refuses the model.
+    """
+    numbering = _Numbering.of(deployment.plan.layers)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as negative_folder:
+        found = _sorted(_optimised(deployment, plain, numbering, 0, Path(folder)), numbering, 0)
+        other = _sorted(_optimised(deployment, plain, numbering, _SIGN, Path(negative_folder)), numbering, _SIGN)
+        if found.digests != other.digests or found.operators != other.operators:
+            raise NotApplicableError("ONNX Runtime's optimised graph holds more of the weights than the weights")
+    missing = set(range(len(numbering.layers))) - {place.layer for place in found.places}
+    if missing:
+        name = numbering.layers[min(missing)].name
+        raise NotApplicableError(f"ONNX Runtime's optimised graph does not hold each weight of layer '{name}' once")
+    proto = found.model.proto
+    if proto.ByteSize() > _LARGEST_MODEL:
+        raise NotApplicableError(f"{proto.ByteSize()} bytes of digital tensors, more than {_LARGEST_MODEL}")
+    for name, shape in found.shapes.items():
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    return BlockedModel(proto=proto, shapes=found.shapes, places=found.places)
+
+
+def plain_buffers(deployment: Deployment, plain: PlainModel) -> WeightBuffers:
+    """Return buffers for the weight tensors as nodes read them."""
+    layers = deployment.plan.layers
+    places = [tensor_place(name, n, layer) for n, (name, layer) in enumerate(zip(plain.weights, layers, strict=True))]
+    return WeightBuffers({n: tuple(x.weight_shape) for n, x in zip(plain.weights, layers, strict=True)}, places)
+
+
+def _optimised(deployment: Deployment, plain: PlainModel, numbering: _Numbering, sign: int, folder: Path) -> ModelFile:
+    """Have ONNX Runtime optimise the model with numbers for weights; return what it saved into a folder."""
+    numbers = plain_buffers(deployment, plain)
+    for layer in range(len(numbering.layers)):
+        numbers.fill(layer, numbering.matrix(layer, sign))
+    path = folder / "optimised.onnx"
+    options = weight_options(deployment, numbers.arrays)
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "256")
+    open_session(plain.proto.SerializeToString(), options)
+    proto = onnx.load_model(path, load_external_data=False)
+    return ModelFile(proto=proto, name=path.name, folder=folder, sha256="", size=0)
+
+
+@dataclass(frozen=True)
+class _Numbering:
+    """Every weight of every layer has a number: the bits of a float32, which copying does not change.
+
+    Attributes:
+        layers: The plan's layers.
+        first: Number of each layer's first weight, and one past the last of all; none is zero or subnormal.
+    """
+
+    layers: list[LayerPlan]
+    first: Integers
+
+    @classmethod
+    def of(cls, layers: list[LayerPlan]) -> _Numbering:
+        sizes = [layer.groups * layer.outputs * layer.inputs for layer in layers]
+        first = np.cumsum([_SMALLEST_NORMAL, *sizes])
+        if first[-1] > _INFINITY:
+            raise NotApplicableError(f"float32 cannot number {sum(sizes)} weights")
+        return cls(layers, first)
+
+    def matrix(self, layer: int, sign: int) -> npt.NDArray[np.float32]:
+        """Return a layer's numbers as its weights, float32 [groups * outputs, inputs]."""
+        numbers = np.arange(self.first[layer], self.first[layer + 1], dtype=np.uint32) ^ np.uint32(sign)
+        return numbers.view(np.float32).reshape(-1, self.layers[layer].inputs)
+
+    def place(self, name: str, array: Array, sign: int) -> Place | None:
+        """Return where the layer whose numbers an array holds, each once and nothing else, lies in it."""
+        if array.dtype != np.float32:
+            return None
+        bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+        where = np.flatnonzero(bits & ~np.uint32(_SIGN))
+        numbers = (bits[where] ^ np.uint32(sign)).astype(np.int64)
+        layer = int(np.searchsorted(self.first, numbers[0], side="right")) - 1 if len(where) else -1
+        if not 0 <= layer < len(self.layers) or len(where) != self.first[layer + 1] - self.first[layer]:
+            return None
+        numbers -= self.first[layer]
+        if numbers.min() < 0 or numbers.max() >= len(where):
+            return None
+        positions = np.full(len(where), -1)
+        positions[numbers] = where
+        table = positions.reshape(-1, self.layers[layer].inputs)
+        place = Place(buffer=name, layer=layer, rows=table[:, 0].copy(), columns=table[0] - table[0, 0])
+        return place if np.array_equal(table, place.rows[:, None] + place.columns) else None
+
+
+@dataclass
+class _Sorted:
+    """An optimised model, its weights apart from its digital tensors.
+
+    Attributes:
+        model: The model; its weights are removed, its digital tensors lie in it.
+        places: Where layers lie.
+        shapes: Shape of each weight tensor.
+        digests: Hashes of all digital tensors, ascending: their names change from one optimisation to the next.
+        operators: All operators, ascending.
+    """
+
+    model: ModelFile
+    places: list[Place]
+    shapes: dict[str, tuple[int, ...]]
+    digests: list[str]
+    operators: list[tuple[str, str]]
+
+
+def _sorted(model: ModelFile, numbering: _Numbering, sign: int) -> _Sorted:
+    main, *inner = iter_graphs(model.proto.graph)
+    found = _Sorted(model, [], {}, [], sorted((n.domain, n.op_type) for g in (main, *inner) for n in g.node))
+    for graph in (main, *inner):
+        for tensor in list(graph.initializer):
+            array = model.array(tensor)
+            place = numbering.place(tensor.name, array, sign) if graph is main else None
+            if place is not None:
+                found.places.append(place)
+                found.shapes[tensor.name] = array.shape
+                graph.initializer.remove(tensor)
+                continue
+            found.digests.append(
+                hashlib.sha256(repr((array.shape, array.dtype)).encode() + array.tobytes()).hexdigest()
+            )
+            if tensor.data_location == TensorProto.EXTERNAL:
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    found.digests.sort()
+    return found
+
+
+def _digest(array: Array) -> str:
+    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

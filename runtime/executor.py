@@ -1,0 +1,226 @@
+"""Running a deployed model in ONNX Runtime with the weights that faulty chips read.
+
+The fast way optimises the graph once, keeps one session whose weights are inputs in the kernels' own order, and patches
+faulty weights in place. The slow way opens a session a chip with all optimisations; it runs everything that ONNX
+Runtime runs. Which way serves is decided from the deployment alone, so that a chip's result never depends on other
+chips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from rerampile.deployment import Deployment
+from rerampile.errors import ConfigError, FaultRunError
+from rerampile.runtime.blocked_weights import NotApplicableError, blocked_model, plain_buffers
+from rerampile.runtime.leaks import widen
+from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
+from rerampile.runtime.session import open_session, run
+from rerampile.runtime.weight_buffers import WeightBuffers
+
+if TYPE_CHECKING:
+    from rerampile.runtime.inject import LayerFaults, Leaks
+
+__all__ = ["Executor", "Inputs", "Method", "open_executor"]
+
+Inputs = Mapping[str, npt.NDArray[Any]]
+Method = Literal["auto", "fast", "slow"]
+
+_CPU = "CPUExecutionProvider"
+
+
+class Executor(Protocol):
+    """A deployed model that can be run as any chip.
+
+    Attributes:
+        method: ``fast`` or ``slow``.
+        reason: Why this one.
+    """
+
+    method: str
+    reason: str
+
+    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+        """Return the outputs of the present chip, in the model's order.
+
+        Raises:
+            FaultRunError: ONNX Runtime cannot run the model on these inputs.
+        """
+        ...
+
+    def apply(self, faults: Sequence[LayerFaults]) -> None:
+        """Become the chip that has these faults, and no others."""
+        ...
+
+    def restore(self) -> None:
+        """Become the chip without faults again."""
+        ...
+
+
+def open_executor(
+    deployment: Deployment,
+    *,
+    precision: Literal["fp32"] = "fp32",
+    provider: str = _CPU,
+    method: Method = "auto",
+    threads: int | None = None,
+) -> Executor:
+    """Open a deployed model.
+
+    Args:
+        deployment: The deployment.
+        precision: The arithmetic.
+        provider: Execution provider of ONNX Runtime.
+        method: ``fast`` and ``slow`` insist; ``auto`` takes the fast way where it applies.
+        threads: Threads inside an operator, or None for ONNX Runtime's choice.
+
+    Raises:
+        ConfigError: The precision, the provider or the fast way does not exist here.
+        FaultRunError: ONNX Runtime refuses the model.
+    """
+    if precision != "fp32":
+        raise ConfigError(f"--precision {precision}: expected fp32")
+    if provider not in ort.get_available_providers():
+        raise ConfigError(
+            f"--provider {provider}: not in this ONNX Runtime, which has {', '.join(ort.get_available_providers())}; "
+            f"CUDA comes with the package onnxruntime-gpu"
+        )
+    plain = plain_model(deployment)
+    if method == "slow":
+        return _SlowExecutor(deployment, plain, provider, threads, "asked for")
+    reason = _leaking_layers(deployment) if method == "auto" else None
+    if provider != _CPU:
+        reason = f"weights are laid out for the CPU, not for {provider}"
+    try:
+        if reason is not None:
+            raise NotApplicableError(reason)
+        return _FastExecutor(deployment, plain, threads)
+    except NotApplicableError as error:
+        if method == "fast":
+            raise ConfigError(f"{deployment.folder}: the fast way does not apply: {error}; use the slow one") from error
+        return _SlowExecutor(deployment, plain, provider, threads, str(error))
+
+
+def _leaking_layers(deployment: Deployment) -> str | None:
+    """Say which layer has arrays that hold several of its groups, where stuck spare cells leak; None if none has."""
+    for array in deployment.plan.arrays:
+        groups: dict[int, set[tuple[int, int]]] = {}
+        for partition in array.partitions:
+            groups.setdefault(partition.layer, set()).add(partition.groups)
+        for layer, spans in groups.items():
+            if len(spans) > 1 or any(last - first > 1 for first, last in spans):
+                name = deployment.plan.layers[layer].name
+                return f"array {array.id} holds several groups of layer '{name}', whose stuck spare cells leak"
+    return None
+
+
+class _PatchedExecutor:
+    """What both ways share: weights in buffers of their own, patched and restored."""
+
+    method: str
+
+    def __init__(self, deployment: Deployment, buffers: WeightBuffers, reason: str) -> None:
+        self.reason = reason
+        self._deployment = deployment
+        self._buffers = buffers
+        for number, layer in enumerate(deployment.plan.layers):
+            buffers.fill(number, deployment.weights(layer))
+            deployment.conductances.drop_pages()
+
+    def apply(self, faults: Sequence[LayerFaults]) -> None:
+        self.restore()
+        for fault in faults:
+            self._buffers.patch(fault.layer, fault.index, fault.value)
+            if fault.leaks is not None and len(fault.leaks.value):
+                self._leak(fault.layer, fault.leaks)
+
+    def restore(self) -> None:
+        self._buffers.restore()
+
+    def _leak(self, layer: int, leaks: Leaks) -> None:
+        """Take in leaks: those inside a group add to its weights, the others are left to the subclass."""
+        plan = self._deployment.plan.layers[layer]
+        group, column = np.divmod(leaks.in_row, plan.inputs)
+        inside = group == leaks.out_row // plan.outputs
+        index, inverse = np.unique(leaks.out_row[inside] * plan.inputs + column[inside], return_inverse=True)
+        self._buffers.add(layer, index, np.bincount(inverse, leaks.value[inside]).astype(np.float32))
+        if not inside.all():
+            self._leak_across(layer, _select(leaks, ~inside))
+
+    def _leak_across(self, layer: int, leaks: Leaks) -> None:
+        name = self._deployment.plan.layers[layer].name
+        raise FaultRunError(f"layer '{name}': stuck spare cells join its groups, which needs the slow way")
+
+
+class _FastExecutor(_PatchedExecutor):
+    """One session over the optimised graph, whose weights are inputs."""
+
+    method = "fast"
+
+    def __init__(self, deployment: Deployment, plain: PlainModel, threads: int | None) -> None:
+        blocked = blocked_model(deployment, plain)
+        super().__init__(
+            deployment, WeightBuffers(blocked.shapes, blocked.places), "every weight was found in the optimised graph"
+        )
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads or 0
+        self._session = open_session(blocked.proto.SerializeToString(), options)
+        values = [*self._session.get_inputs(), *self._session.get_outputs()]
+        if odd := next((v for v in values if not v.type.startswith("tensor(")), None):
+            raise NotApplicableError(f"'{odd.name}' is a {odd.type}, not a tensor")
+
+    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+        return list(run(self._session, {**self._buffers.arrays, **inputs}))
+
+
+class _SlowExecutor(_PatchedExecutor):
+    """A session a chip, opened when it first runs."""
+
+    method = "slow"
+
+    def __init__(
+        self, deployment: Deployment, plain: PlainModel, provider: str, threads: int | None, reason: str
+    ) -> None:
+        super().__init__(deployment, plain_buffers(deployment, plain), reason)
+        self._plain = plain
+        self._providers = [provider] if provider == _CPU else [provider, _CPU]
+        self._threads = threads
+        self._leaks: list[tuple[int, Leaks]] = []
+        self._opened: tuple[Any, Any] | None = None  # the session, and the memory that it reads
+
+    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+        if self._opened is None:
+            self._opened = self._open()
+        return list(run(self._opened[0], inputs))
+
+    def restore(self) -> None:
+        self._opened = None
+        self._leaks.clear()
+        super().restore()
+
+    def _leak_across(self, layer: int, leaks: Leaks) -> None:
+        self._leaks.append((layer, leaks))
+
+    def _open(self) -> tuple[Any, Any]:
+        model, arrays = self._plain.proto, dict(self._buffers.arrays)
+        if self._leaks:
+            model = onnx.ModelProto()
+            model.CopyFrom(self._plain.proto)
+        for number, leaks in self._leaks:
+            layer = self._deployment.plan.layers[number]
+            arrays |= widen(model, layer, self._plain.weights[number], self._buffers.read(number), leaks)
+        options = weight_options(self._deployment, arrays)
+        options.intra_op_num_threads = self._threads or 0
+        return open_session(model.SerializeToString(), options, self._providers), arrays
+
+
+def _select(leaks: Leaks, which: npt.NDArray[np.bool_]) -> Leaks:
+    return replace(leaks, in_row=leaks.in_row[which], out_row=leaks.out_row[which], value=leaks.value[which])
