@@ -9,10 +9,8 @@ chips.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
@@ -138,23 +136,13 @@ class _PatchedExecutor:
         self.restore()
         for fault in faults:
             self._buffers.patch(fault.layer, fault.index, fault.value)
-            if fault.leaks is not None and len(fault.leaks.value):
+            if fault.leaks is not None:
                 self._leak(fault.layer, fault.leaks)
 
     def restore(self) -> None:
         self._buffers.restore()
 
     def _leak(self, layer: int, leaks: Leaks) -> None:
-        """Take in leaks: those inside a group add to its weights, the others are left to the subclass."""
-        plan = self._deployment.plan.layers[layer]
-        group, column = np.divmod(leaks.in_row, plan.inputs)
-        inside = group == leaks.out_row // plan.outputs
-        index, inverse = np.unique(leaks.out_row[inside] * plan.inputs + column[inside], return_inverse=True)
-        self._buffers.add(layer, index, np.bincount(inverse, leaks.value[inside]).astype(np.float32))
-        if not inside.all():
-            self._leak_across(layer, _select(leaks, ~inside))
-
-    def _leak_across(self, layer: int, leaks: Leaks) -> None:
         name = self._deployment.plan.layers[layer].name
         raise FaultRunError(f"layer '{name}': stuck spare cells join its groups, which needs the slow way")
 
@@ -206,7 +194,7 @@ class _SlowExecutor(_PatchedExecutor):
         self._leaks.clear()
         super().restore()
 
-    def _leak_across(self, layer: int, leaks: Leaks) -> None:
+    def _leak(self, layer: int, leaks: Leaks) -> None:
         self._leaks.append((layer, leaks))
 
     def _open(self) -> tuple[Any, Any]:
@@ -220,7 +208,3 @@ class _SlowExecutor(_PatchedExecutor):
         options = weight_options(self._deployment, arrays)
         options.intra_op_num_threads = self._threads or 0
         return open_session(model.SerializeToString(), options, self._providers), arrays
-
-
-def _select(leaks: Leaks, which: npt.NDArray[np.bool_]) -> Leaks:
-    return replace(leaks, in_row=leaks.in_row[which], out_row=leaks.out_row[which], value=leaks.value[which])

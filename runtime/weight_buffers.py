@@ -93,7 +93,8 @@ class WeightBuffers:
     def read(self, layer: int) -> Floats:
         """Return a layer's weights as they are now, float32 [groups * outputs, inputs]."""
         place = self._places[layer][0]
-        return self._flat[place.buffer][place.rows[:, None] + place.columns]
+        weights: Floats = self._flat[place.buffer][place.rows[:, None] + place.columns]
+        return weights
 
     def patch(self, layer: int, index: Integers, value: Floats) -> None:
         """Set the weights at flat, unique positions of a layer's matrix, until :meth:`restore`."""
@@ -101,11 +102,6 @@ class WeightBuffers:
             flat, positions = self._flat[place.buffer], place.positions(index)
             self._undo.append((flat, positions, flat[positions]))
             flat[positions] = value
-
-    def add(self, layer: int, index: Integers, value: Floats) -> None:
-        """Add to the weights at flat, unique positions of a layer's matrix, until :meth:`restore`."""
-        place = self._places[layer][0]
-        self.patch(layer, index, self._flat[place.buffer][place.positions(index)] + value)
 
     def restore(self) -> None:
         """Undo every patch, bit for bit."""
