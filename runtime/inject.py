@@ -243,7 +243,7 @@ class _LayerCells:
         positions = home.out_row * self.plan.inputs + home.in_row % self.plan.inputs
         extra_positions = (out_row * self.plan.inputs + input_)[inside]
         index, at = _unique(np.concatenate([positions, extra_positions]))
-        value = self._weights(self.cells[:, index], at[: len(positions)], home, index // self.plan.inputs)
+        value = self._weights(self.cells.take(index, axis=1), at[: len(positions)], home, index // self.plan.inputs)
         np.add.at(value, at[len(positions) :], extra[inside])
         leaks = self._leaks(in_row[~inside], out_row[~inside], extra[~inside])
         return LayerFaults(layer=number, index=index, value=value, leaks=leaks)
