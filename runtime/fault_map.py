@@ -222,8 +222,8 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
             table, chips = _read_safetensors(path, digest)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}; expected a fault map") from error
-    table = {name: np.asarray(column) for name, column in table.items()}
     _check_names(path, table)
+    table.setdefault("chip", np.zeros(len(table["array"]), np.int64))
     _check_values(path, table, geometry, _MOST_CHIPS if chips is None else chips)
     return _split(path, table, geometry, deployment.target, chips)
 
@@ -238,8 +238,8 @@ def _read_safetensors(path: Path, digest: str) -> tuple[dict[str, Array], int | 
     except (SafetensorError, TypeError) as error:
         raise DataError(f"{path}: no fault map in safetensors or .csv: {' '.join(str(error).split())}") from error
     chips = metadata.get("chips")
-    if chips is not None and not (chips.isdecimal() and int(chips) <= _MOST_CHIPS):
-        raise DataError(f"{path}: metadata 'chips' is '{chips}', expected a number from 0 to {_MOST_CHIPS}")
+    if chips is not None and not (chips.isdecimal() and 1 <= int(chips) <= _MOST_CHIPS):
+        raise DataError(f"{path}: metadata 'chips' is '{chips}', expected a number from 1 to {_MOST_CHIPS}")
     lengths = {name: column.shape for name, column in table.items()}
     if len(set(lengths.values())) > 1 or any(len(shape) != 1 for shape in lengths.values()):
         raise DataError(f"{path}: tensors of shapes {lengths}, expected one axis of the same length for all")
@@ -299,9 +299,8 @@ def _check_names(path: Path, names: Sequence[str] | Mapping[str, Array]) -> None
 def _check_values(path: Path, table: Mapping[str, Array], geometry: ChipGeometry, chips: int) -> None:
     sizes = {"chip": chips, "array": geometry.arrays, "row": geometry.rows, "column": geometry.columns}
     for name, size in sizes.items():
-        values = table.get(name, np.zeros(1, np.int64))
-        wrong = (values < 0) | (values >= size) if name in table else np.zeros(1, np.bool_)
-        _refuse(path, wrong, lambda i, name=name, v=values, n=size: f"{name} {v[i]}, expected 0 to {n - 1}")  # type: ignore[misc]
+        wrong = (table[name] < 0) | (table[name] >= size)
+        _refuse(path, wrong, lambda i, name=name, size=size: f"{name} {table[name][i]}, expected 0 to {size - 1}")  # type: ignore[misc]
     state = table["state"]
     _refuse(path, ~np.isin(state, (STUCK_OFF, STUCK_ON)), lambda i: f"state {state[i]}, expected 1 (off) or 2 (on)")
     if "conductance" in table:
@@ -319,8 +318,7 @@ def _split(
     path: Path, table: Mapping[str, Array], geometry: ChipGeometry, target: Target, chips: int | None
 ) -> list[FaultMap]:
     """Return the faults of each chip in order; faults that are listed twice are taken once."""
-    array, row, column = (table[name].astype(np.int64) for name in ("array", "row", "column"))
-    chip = table["chip"].astype(np.int64) if "chip" in table else np.zeros(len(array), np.int64)
+    chip, array, row, column = (table[name].astype(np.int64) for name in _COLUMNS)
     cell, state = geometry.cell(array, row, column), table["state"].astype(np.uint8)
     value = table["conductance"].astype(np.float32) if "conductance" in table else stuck_ends(target, state)
     order = np.lexsort((cell, chip))

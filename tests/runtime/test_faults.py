@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_higher_rates_keep_the_faults_of_lower_ones(distribution: str, unit: str
     chips = [draw(chip(), model, 3, target) for model in models]
 
     assert 0 == len(chips[0]) < len(chips[4]) < len(chips[5]) < len(chips[6]) < len(chips[7])
-    for lower, higher in zip(chips[:-1], chips[1:], strict=True):
+    for lower, higher in itertools.pairwise(chips):
         assert len(higher) >= len(lower)
         at = np.searchsorted(higher.cell, lower.cell)
         np.testing.assert_array_equal(higher.cell[at], lower.cell)
