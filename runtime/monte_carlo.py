@@ -1,0 +1,295 @@
+"""Many simulated chips of one deployment: each is drawn, run on the data, scored, and put back."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.deployment import load_deployment
+from rerampile.errors import ConfigError, DataError, FaultRunError
+from rerampile.runtime.data import open_dataset
+from rerampile.runtime.executor import open_executor
+from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
+from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.inject import Injector, LayerFaults
+from rerampile.runtime.journal import Journal
+from rerampile.runtime.metrics import MetricResult, open_metric
+from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.random_field import Field
+from rerampile.runtime.session import open_session
+
+__all__ = ["Bench", "ChipResult", "Experiment", "run_chips"]
+
+_IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a chip's result depends on, but for the number of the chip.
+
+    Attributes:
+        folder: The deployment.
+        faults: A fault model for each failure rate; empty where ``fault_map`` is given.
+        fault_map: A file of measured or drawn chips to run instead of drawing any, or None.
+        data: What it is measured on, as the command line names it.
+        preprocessing: How images become inputs.
+        metric: ``auto``, or the name of a metric.
+        images: Images of the data to use, the first ones, or None for all.
+        images_per_run: Images that each chip sees, drawn anew for each, or None for all that are used.
+        batch: Images run at once.
+        seed: Seed of the faults and of the choice of images.
+        provider: ONNX Runtime execution provider.
+        skip_bad: Whether images that cannot be read are left out.
+    """
+
+    folder: Path
+    faults: tuple[FaultModel, ...] = ()
+    fault_map: Path | None = None
+    data: str = "generated"
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    metric: str = "auto"
+    images: int | None = None
+    images_per_run: int | None = None
+    batch: int = 32
+    seed: int = 0
+    provider: str = "CPUExecutionProvider"
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChipResult:
+    """One chip at one failure rate.
+
+    Attributes:
+        run: Number of the chip.
+        rate: Index of the fault model; 0 for chips of a fault map.
+        values: Metrics, percent.
+        clean: The same metrics of the fault-free deployment on the same images.
+        within: Variance over images of the difference to the clean score, squared points, where images have scores.
+        stuck_off: Cells found stuck off.
+        stuck_on: Cells found stuck on.
+        non_finite: Images with an output that is not finite.
+    """
+
+    run: int
+    rate: int
+    values: dict[str, float]
+    clean: dict[str, float]
+    within: dict[str, float]
+    stuck_off: int
+    stuck_on: int
+    non_finite: int
+
+    @property
+    def key(self) -> str:
+        """Key in the journal."""
+        return _key(self.run, self.rate)
+
+
+def _key(run: int, rate: int) -> str:
+    return f"run {run} rate {rate}"
+
+
+class Bench:
+    """Everything that one process needs to measure chips, opened once.
+
+    Raises:
+        RerampileError: The deployment, the data or the options do not fit together.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.deployment = load_deployment(experiment.folder)
+        self.executor = open_executor(self.deployment, provider=experiment.provider)
+        self.injector = Injector(self.deployment)
+        self.geometry = ChipGeometry.of(self.deployment)
+        session = open_session(self.deployment.model_path)
+        self.data = open_dataset(
+            experiment.data, session, experiment.preprocessing, seed=experiment.seed, skip_bad=experiment.skip_bad
+        )
+        self.metric = open_metric(experiment.metric, self.data, session)
+        self.images = min(len(self.data), experiment.images or len(self.data))
+        self.measured = (
+            read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
+        )
+        del session
+        self.clean = self._learn()
+        if experiment.images_per_run is not None:
+            self._check_images_per_run(experiment.images_per_run)
+
+    def _check_images_per_run(self, count: int) -> None:
+        if not 0 < count <= self.images:
+            raise ConfigError(f"--images-per-run {count}: expected 1 to {self.images}, the images that are used")
+        if set(self.clean.scores) != set(self.clean.values):
+            raise ConfigError("--images-per-run: this metric scores all images together; give --images instead")
+
+    def _learn(self) -> MetricResult:
+        """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
+        everything = np.arange(self.images)
+        for batch in self.data.batches(self.experiment.batch, everything):
+            self.metric.learn(self.executor.run(batch.inputs), batch)
+        return self._score(everything)
+
+    def _score(self, indices: Indices) -> MetricResult:
+        metric = self.metric.fresh()
+        for batch in self.data.batches(self.experiment.batch, indices):
+            metric.update(self.executor.run(batch.inputs), batch)
+        return metric.result()
+
+    @property
+    def rates(self) -> int:
+        """How many failure rates each chip is run at."""
+        return len(self.experiment.faults) if self.experiment.fault_map is None else 1
+
+    def fault_map(self, run: int, rate: int) -> FaultMap:
+        """Return the faults of a chip at a failure rate."""
+        if self.experiment.fault_map is not None:
+            return self.measured[run]
+        model = self.experiment.faults[rate]
+        return draw_faults(self.geometry, model, self.deployment.target, seed=self.experiment.seed, run=run)
+
+    def images_of(self, run: int) -> Indices:
+        """Return which images a chip sees."""
+        count = self.experiment.images_per_run
+        if count is None:
+            return np.arange(self.images)
+        numbers = Field(self.experiment.seed, run, _IMAGES).at(np.arange(self.images))
+        return np.sort(np.argsort(numbers, kind="stable")[:count])
+
+    def chip(self, run: int, rate: int) -> ChipResult:
+        """Measure one chip at one failure rate."""
+        found = self.fault_map(run, rate)
+        faults: Sequence[LayerFaults] = self.injector.faults(found)
+        indices = self.images_of(run)
+        self.executor.apply(faults)
+        try:
+            result = self._score(indices)
+        finally:
+            self.executor.restore()
+        clean, within = self._clean_on(indices, result)
+        return ChipResult(
+            run=run,
+            rate=rate,
+            values=result.values,
+            clean=clean,
+            within=within,
+            stuck_off=found.stuck_off,
+            stuck_on=found.stuck_on,
+            non_finite=result.non_finite,
+        )
+
+    def _clean_on(self, indices: Indices, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the clean metrics on some images, and the variance over them of what a chip's scores differ by."""
+        if len(indices) == self.images and not result.scores:
+            return self.clean.values, {}
+        place = np.searchsorted(self.clean.indices, result.indices)
+        clean, within = dict(self.clean.values), {}
+        for name, scores in result.scores.items():
+            same = self.clean.scores[name][place].astype(np.float64)
+            clean[name] = float(same.mean())
+            difference = same - scores
+            within[name] = float(difference.var(ddof=1)) if len(difference) > 1 else 0.0
+        return clean, within
+
+
+def run_chips(
+    bench: Bench,
+    work: Sequence[tuple[int, int]],
+    journal: Journal,
+    *,
+    jobs: int = 1,
+    progress: Callable[[ChipResult], None] | None = None,
+) -> list[ChipResult]:
+    """Measure chips, each once: what the journal holds is not done again.
+
+    Results depend on the experiment and on the number of the chip alone, never on the number of processes or on the
+    order in which they finish.
+
+    Args:
+        bench: What is measured; used itself with one job, its experiment opened anew in each process with more.
+        work: (run, rate) of each wanted result.
+        journal: Where results are kept as they come.
+        jobs: Processes.
+        progress: Called with each new result.
+
+    Raises:
+        FaultRunError: A process died; what was finished is in the journal.
+    """
+    waiting = [item for item in work if _key(*item) not in journal.done]
+    measured = (bench.chip(*item) for item in waiting) if jobs == 1 else _in_processes(bench.experiment, waiting, jobs)
+    for result in measured:
+        journal.add(result.key, dataclasses.asdict(result))
+        if progress is not None:
+            progress(result)
+    return [ChipResult(**journal.done[_key(*item)]) for item in work]
+
+
+def _in_processes(experiment: Experiment, work: Sequence[tuple[int, int]], jobs: int) -> Iterator[ChipResult]:
+    if not work:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_open_bench, initargs=(experiment,)) as pool:
+        pending: set[Future[ChipResult]] = {pool.submit(_measure_chip, *item) for item in work}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise FaultRunError(
+                f"a worker process died with {len(pending)} results to come (out of memory?); finished chips are kept, "
+                f"start again with the same options to go on, or with fewer --jobs"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_bench: list[Bench] = []  # of a worker process
+
+
+def _open_bench(experiment: Experiment) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    _bench.append(Bench(experiment))
+
+
+def _measure_chip(run: int, rate: int) -> ChipResult:
+    return _bench[0].chip(run, rate)
+
+
+def experiment_record(bench: Bench) -> Mapping[str, Any]:
+    """Return what makes results of two starts comparable, for the head of the journal."""
+    experiment = bench.experiment
+    return {
+        "plan": placement_digest(bench.deployment.plan),
+        "conductances": bench.deployment.plan.files["conductances.safetensors"].sha256,
+        "faults": [dataclasses.asdict(model) for model in experiment.faults],
+        "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
+        "data": bench.data.digest,
+        "preprocessing": str(experiment.preprocessing),
+        "metric": experiment.metric,
+        "images": bench.images,
+        "images_per_run": experiment.images_per_run,
+        "seed": experiment.seed,
+        "provider": experiment.provider,
+    }
+
+
+def _digest(path: Path) -> str:
+    from rerampile.onnx_file import file_sha256
+
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,322 @@
+"""Validate a deployment under stuck-at faults: chips, statistics, and the report's numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import platform
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+
+from rerampile.errors import ConfigError
+from rerampile.runtime.journal import Journal
+from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, run_chips
+from rerampile.runtime.statistics import (
+    FIRST_STAGE,
+    ChipStatistics,
+    chip_statistics,
+    chips_needed,
+    two_stage_interval,
+    variance_parts,
+)
+from rerampile.version import __version__
+
+__all__ = ["RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
+
+
+class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
+    """Stuck cells of all chips of a rate, asked and observed.
+
+    Attributes:
+        cells: Physical cells of all chips.
+        stuck_off: Fraction of cells asked to be stuck off.
+        stuck_on: Fraction of cells asked to be stuck on.
+        observed_off: Fraction found stuck off.
+        observed_on: Fraction found stuck on.
+    """
+
+    cells: int
+    stuck_off: float
+    stuck_on: float
+    observed_off: float
+    observed_on: float
+
+
+class MetricReport(msgspec.Struct, kw_only=True, frozen=True):
+    """One metric at one failure rate, percent (see :class:`~rerampile.runtime.statistics.ChipStatistics`).
+
+    Attributes:
+        chips: Number of chips.
+        clean: Without faults, on the same images.
+        mean: Mean over chips.
+        deviation: Standard deviation over chips; null for one chip.
+        worst: The worst chip.
+        fifth_percentile: One chip in twenty is worse.
+        interval: 95 % interval of the mean; null for one chip.
+        drop: Mean drop against clean, points.
+        drop_interval: Its 95 % interval, paired chip by chip; null for one chip.
+        chip_deviation: Standard deviation between chips, were each measured on all images; null where all were.
+        image_deviation: Standard deviation that sampling images adds to a chip; null where chips saw all of them.
+        values: The metric of every chip, in the order of runs.
+    """
+
+    chips: int
+    clean: float
+    mean: float
+    deviation: float | None
+    worst: float
+    fifth_percentile: float
+    interval: tuple[float, float] | None
+    drop: float
+    drop_interval: tuple[float, float] | None
+    chip_deviation: float | None
+    image_deviation: float | None
+    values: list[float]
+
+
+class RateReport(msgspec.Struct, kw_only=True, frozen=True):
+    """One failure rate.
+
+    Attributes:
+        rate: Failure rate a cell (or weight); null for measured chips.
+        distribution: How faults lie.
+        rate_unit: What the rate is of.
+        faults: Asked and observed fractions.
+        non_finite: Images, over all chips, with an output that was not finite; scored as wrong.
+        metrics: By name.
+    """
+
+    rate: float | None
+    distribution: str
+    rate_unit: str
+    faults: FaultCounts
+    non_finite: int
+    metrics: dict[str, MetricReport]
+
+
+class ValidationReport(msgspec.Struct, kw_only=True, frozen=True):
+    """What ``report.json`` holds.
+
+    Attributes:
+        format: What kind of file this is.
+        format_version: Version of the format.
+        versions: Versions of what ran.
+        folder: Name of the deployment folder.
+        model: Name of the compiled model.
+        plan: What makes results comparable: digests, data, options.
+        mapping: Mapping scheme.
+        scale: One scale a tensor or a channel.
+        execution: How the model ran, and why so.
+        images: Images used.
+        clean: Metrics without faults on all images, percent.
+        rates: Results by failure rate.
+        requirements: What was required, and whether it holds.
+    """
+
+    format: str = "rerampile-validation"
+    format_version: int = 1
+    versions: dict[str, str]
+    folder: str
+    model: str
+    plan: dict[str, Any]
+    mapping: str
+    scale: str
+    execution: str
+    images: int
+    clean: dict[str, float]
+    rates: list[RateReport]
+    requirements: list[RequirementResult]
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """A floor (or ceiling) of a metric's mean at a failure rate: ``top1 >= 90 @ 0.001``."""
+
+    text: str
+    metric: str
+    relation: str
+    bound: float
+    rate: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read a requirement.
+
+        Raises:
+            ConfigError: It is not of the form.
+        """
+        found = re.fullmatch(r"\s*([\w.:\[\]@-]+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*@\s*([.\deE+-]+)\s*", text)
+        try:
+            if found is not None:
+                return cls(text.strip(), found[1], found[2], float(found[3]), float(found[4]))
+        except ValueError:
+            pass
+        raise ConfigError(f"--require '{text}': expected METRIC >= NUMBER @ RATE, as in 'top1 >= 90 @ 0.001'")
+
+    def check(self, rates: Sequence[RateReport]) -> RequirementResult:
+        """Compare the mean over chips with the bound.
+
+        Raises:
+            ConfigError: The metric or the rate was not measured.
+        """
+        at = next((r for r in rates if r.rate is not None and np.isclose(r.rate, self.rate, rtol=1e-9)), None)
+        if at is None:
+            known = ", ".join(f"{r.rate:g}" for r in rates if r.rate is not None)
+            raise ConfigError(
+                f"--require '{self.text}': failure rate {self.rate:g} was not run, expected one of {known}"
+            )
+        if self.metric not in at.metrics:
+            raise ConfigError(
+                f"--require '{self.text}': no metric '{self.metric}', expected one of {', '.join(at.metrics)}"
+            )
+        compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.relation]
+        found = at.metrics[self.metric].mean
+        return RequirementResult(text=self.text, found=found, met=bool(compare(found, self.bound)))
+
+
+class RequirementResult(msgspec.Struct, kw_only=True, frozen=True):
+    """Whether a requirement holds.
+
+    Attributes:
+        text: The requirement.
+        found: What was measured.
+        met: Whether it holds.
+    """
+
+    text: str
+    found: float
+    met: bool
+
+
+def validate(
+    experiment: Experiment,
+    journal: Path,
+    *,
+    runs: int = 100,
+    precision_points: float | None = None,
+    requirements: Sequence[Requirement] = (),
+    jobs: int = 1,
+    progress: Callable[[int, int, ChipResult | None], None] | None = None,
+) -> ValidationReport:
+    """Run chips of a deployment and say what came out.
+
+    Args:
+        experiment: What is measured.
+        journal: Where finished chips are kept; an interrupted validation goes on from it.
+        runs: Number of chips a failure rate (the number of measured chips where a fault map is given).
+        precision_points: Instead of a fixed number: chips until the interval of each rate's mean is this many points
+            to each side, by a two-stage rule.
+        requirements: What has to hold.
+        jobs: Processes.
+        progress: Called with (finished, wanted, the new result or None) as work goes on.
+
+    Raises:
+        RerampileError: What the user can mend.
+    """
+    if runs < 1:
+        raise ConfigError(f"--runs {runs}: expected 1 or more")
+    if precision_points is not None and not precision_points > 0:
+        raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
+    bench = Bench(experiment)
+    count = len(bench.measured) if experiment.fault_map is not None else runs
+    rates = range(bench.rates)
+    with Journal(journal, experiment_record(bench)) as record:
+
+        def measure(chips: Sequence[int], rate_of: Sequence[int]) -> list[ChipResult]:
+            work = [(run, rate) for run in chips for rate in rate_of]
+            finished = sum(f"run {run} rate {rate}" in record.done for run, rate in work)
+            if progress is not None:
+                progress(finished, len(work), None)
+
+            def report(result: ChipResult) -> None:
+                nonlocal finished
+                finished += 1
+                if progress is not None:
+                    progress(finished, len(work), result)
+
+            return run_chips(bench, work, record, jobs=jobs, progress=report)
+
+        if precision_points is None:
+            results = measure(range(count), rates)
+        else:
+            first = measure(range(FIRST_STAGE), rates)
+            primary = bench.metric.names[0]
+            needed = [
+                chips_needed(np.array([r.values[primary] for r in first if r.rate == rate]), precision_points)
+                for rate in rates
+            ]
+            results = [r for rate in rates for r in measure(range(needed[rate]), [rate])]
+    reports = [_rate_report(bench, [r for r in results if r.rate == rate], rate, precision_points) for rate in rates]
+    plan = bench.deployment.plan
+    return ValidationReport(
+        versions={
+            "rerampile": __version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        folder=bench.deployment.folder.name,
+        model=plan.model.name,
+        plan=dict(experiment_record(bench)),
+        mapping=str(plan.options["mapping"]),
+        scale=str(plan.options["scale"]),
+        execution=f"{bench.executor.method}: {bench.executor.reason}",
+        images=bench.images,
+        clean=bench.clean.values,
+        rates=reports,
+        requirements=[requirement.check(reports) for requirement in requirements],
+    )
+
+
+def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precision: float | None) -> RateReport:
+    experiment = bench.experiment
+    model = experiment.faults[rate] if experiment.faults else None
+    cells = bench.geometry.cells * len(results)
+    return RateReport(
+        rate=None if model is None else model.rate,
+        distribution="measured" if model is None else model.distribution,
+        rate_unit="cell" if model is None else model.rate_unit,
+        faults=FaultCounts(
+            cells=cells,
+            stuck_off=sum(r.stuck_off for r in results) / cells if model is None else model.stuck_off,
+            stuck_on=sum(r.stuck_on for r in results) / cells if model is None else model.stuck_on,
+            observed_off=sum(r.stuck_off for r in results) / cells,
+            observed_on=sum(r.stuck_on for r in results) / cells,
+        ),
+        non_finite=sum(r.non_finite for r in results),
+        metrics={name: _metric_report(bench, results, name, precision) for name in results[0].values},
+    )
+
+
+def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, precision: float | None) -> MetricReport:
+    values = np.array([r.values[name] for r in results])
+    clean = np.array([r.clean[name] for r in results])
+    found: ChipStatistics = chip_statistics(values, clean)
+    interval, several = found.interval, len(results) > 1
+    if precision is not None and name == bench.metric.names[0]:
+        interval = two_stage_interval(values, FIRST_STAGE)
+    seen = bench.experiment.images_per_run
+    parts = None
+    if seen is not None and several and name in results[0].within:
+        within = np.array([r.within[name] for r in results])
+        parts = variance_parts(clean - values, within, seen, bench.images)
+    return MetricReport(
+        chips=found.chips,
+        clean=found.clean,
+        mean=found.mean,
+        deviation=found.deviation if several else None,
+        worst=found.worst,
+        fifth_percentile=found.fifth_percentile,
+        interval=(interval.low, interval.high) if several else None,
+        drop=found.drop,
+        drop_interval=(found.drop_interval.low, found.drop_interval.high) if several else None,
+        chip_deviation=None if parts is None else parts.chips**0.5,
+        image_deviation=None if parts is None else parts.images**0.5,
+        values=[float(v) for v in values],
+    )
