@@ -138,8 +138,8 @@ def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float |
     try:
         if "=" not in value:
             return float(value)
-        parts = [part.rpartition("=") for part in value.split(",")]
-        return {name.strip(): float(ratio) for name, _, ratio in parts}
+        parts = [part.rsplit("=", 1) for part in value.split(",")]
+        return {name.strip(): float(ratio) for name, ratio in parts}
     except ValueError:
         raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
 

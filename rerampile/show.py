@@ -438,7 +438,7 @@ def _picture(out: Console, siemens: npt.NDArray[np.float32], used: npt.NDArray[n
         used: Which cells belong to a partition, [rows, columns].
     """
     side = -(-siemens.shape[1] // (min(out.width, 132) - 2))
-    coloured = out.color_system is not None and not out.no_color
+    coloured = out.color_system in ("256", "truecolor") and not out.no_color
     mean = _patches(siemens, used, side if coloured else 2 * side, side)
     low, high = float(np.nanmin(mean)), float(np.nanmax(mean))
     level = (mean - low) / ((high - low) or 1.0)
