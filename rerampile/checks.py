@@ -12,6 +12,7 @@ from rerampile.deployment import Deployment, layer_coding, partition_blocks
 from rerampile.errors import PlanFormatError
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
+from rerampile.schemes import Coding
 
 __all__ = ["check_checksums", "check_placement", "decode_layer", "weights_sha256"]
 
@@ -133,9 +134,11 @@ def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.flo
     """Rebuild a layer's weights, float32 [groups * outputs, inputs], from cells that are checked to be possible ones.
 
     Raises:
-        PlanFormatError: A cell is outside the range or the levels of the target.
+        PlanFormatError: A cell is outside the range or the levels of the target, or the plan tells other readers
+            something else of the cells than its scheme and target mean.
     """
     coding = layer_coding(deployment.target, layer)
+    _check_coding(deployment, layer, coding)
     cells = deployment.cells(layer)
     low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
     if not (cells.min() >= low and cells.max() <= high):
@@ -149,3 +152,20 @@ def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.flo
 def weights_sha256(weights: npt.NDArray[np.float32]) -> str:
     """Return the sha256 of decoded weights: of their bytes in row order, little-endian float32."""
     return hashlib.sha256(np.ascontiguousarray(weights, "<f4").view(np.uint8).data).hexdigest()
+
+
+def _check_coding(deployment: Deployment, layer: LayerPlan, coding: Coding) -> None:
+    """Check what a plan spells out for readers that do not know the schemes."""
+    meant = {
+        "cells": coding.cells,
+        "unit": coding.unit,
+        "significances": list(coding.significances),
+        "reference": coding.reference if coding.cells == 1 else None,
+        "zero_cells": coding.zero_cells.tolist(),
+    }
+    for field, value in meant.items():
+        if getattr(layer, field) != value:
+            raise PlanFormatError(
+                f"{deployment.folder}: layer '{layer.name}': {field} {getattr(layer, field)}, expected {value}, "
+                f"as scheme {layer.scheme} and the target mean it; the plan was changed"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -127,6 +128,20 @@ def test_the_reader_refuses_a_newer_version(reader: dict[str, Any], example: Pat
     (tmp_path / "plan.json").write_text(json.dumps(newer))
     with pytest.raises(ValueError, match="version"):
         reader["read"](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("significances", [2.0]), ("unit", "level"), ("zero_cells", [[1e-6, 1e-6]]), ("reference", 5e-6), ("cells", 1)],
+)
+def test_what_the_plan_spells_out_is_verified(example: Path, tmp_path: Path, field: str, value: object) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(example, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["layers"][0][field] = value
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(rerampile.PlanFormatError, match=field if field != "cells" else "cell"):
+        rerampile.verify_deployment(folder)
 
 
 @pytest.fixture(scope="module")
