@@ -384,8 +384,8 @@ class Totals(_Record, kw_only=True, frozen=True):
         utilisation: ``cells_used / cells``.
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
-        arrays_saved_by_pruning: The first less the second.
-        arrays_saved_by_packing: The second less ``arrays``.
+        arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
+        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over all values of the cells tensors.
@@ -417,7 +417,7 @@ class OutputError(_Record, kw_only=True, frozen=True):
         output: Name of the graph output.
         max_abs_error: Largest difference.
         max_abs_reference: Largest magnitude of the reference.
-        relative_error: The first by the second; the first alone where the second is zero.
+        relative_error: ``max_abs_error / max_abs_reference``; the error itself where the reference is all zero.
     """
 
     output: str
@@ -494,10 +494,10 @@ class Plan(_Record, kw_only=True, frozen=True):
 
 def encode_plan(plan: Plan) -> bytes:
     """Return the plan as JSON: indented, one array or region a line, the same bytes for the same plan."""
-    body: dict[str, Any] = msgspec.to_builtins(plan)
-    long = {name: body.pop(name) for name in ("skipped", "arrays")}
-    text = msgspec.json.format(msgspec.json.encode(body), indent=1).decode().rstrip()
-    parts = [text.removesuffix("\n}")]
+    long: dict[str, list[Any]] = {"skipped": plan.skipped, "arrays": plan.arrays}
+    body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(plan, skipped=[], arrays=[]))
+    text = msgspec.json.format(msgspec.json.encode({k: v for k, v in body.items() if k not in long}), indent=1)
+    parts = [text.decode().rstrip().removesuffix("\n}")]
     for name, rows in long.items():
         lines = ",\n  ".join(msgspec.json.encode(row).decode() for row in rows)
         parts.append(f' "{name}": [\n  {lines}\n ]' if rows else f' "{name}": []')
