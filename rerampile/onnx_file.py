@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,13 @@ def _read(path: Path) -> ModelFile:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except google.protobuf.message.DecodeError as error:
-        raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
-    digest = hashlib.sha256(data).hexdigest()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = pool.submit(hashlib.sha256, data)  # while the parser works
+        try:
+            proto.ParseFromString(data)
+        except google.protobuf.message.DecodeError as error:
+            raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
+        digest = hashing.result().hexdigest()
     del data
     found = ModelFile(proto=proto, name=path.name, folder=path.parent, sha256=digest, size=size)
     locations: dict[str, Path] = {}

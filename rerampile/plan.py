@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
+from rerampile.matrix_view import MatrixView
 from rerampile.schemes import Scheme
 
 __all__ = [
@@ -253,6 +254,18 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []
+
+    @property
+    def view(self) -> MatrixView:
+        """How the weight tensor is read as matrices."""
+        return MatrixView(
+            groups=self.groups,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            tensor_shape=tuple(self.weight_shape),
+            stored_shape=tuple(self.stored_shape),
+            permutation=None if self.permutation is None else tuple(self.permutation),
+        )
 
 
 class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):

@@ -105,8 +105,10 @@ class TensorWriter:
         self._waiting = list(reversed(self.specs))
         self._hash = hashlib.sha256()
         self._file: BinaryIO = path.open("xb")
-        self._worker = ThreadPoolExecutor(max_workers=1)  # writes and hashes while the next tensor is computed
-        self._pending: Future[None] = self._worker.submit(self._put, len(text).to_bytes(8, "little") + text)
+        # One writes and one hashes while the next tensor is computed: all three work outside the interpreter's lock.
+        self._workers = tuple((ThreadPoolExecutor(max_workers=1), put) for put in (self._file.write, self._hash.update))
+        self._pending: list[Future[Any]] = []
+        self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
         """Write the next tensor, which must not change until the writer is closed."""
@@ -114,17 +116,20 @@ class TensorWriter:
         if self._waiting.pop() != name or values.shape != spec.shape or values.dtype != spec.dtype:
             raise InternalError(f"{self.path}: tensor '{name}' written out of order or not as announced")
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b""
-        self._pending.result()
-        self._pending = self._worker.submit(self._put, data)
+        self._put(data)
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        self._wait()
+        self._pending = [worker.submit(put, data) for worker, put in self._workers]
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.result()
 
     @property
     def sha256(self) -> str:
         """Hash of what was written so far."""
-        self._pending.result()
+        self._wait()
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
@@ -135,9 +140,10 @@ class TensorWriter:
     ) -> None:
         try:
             if error is None:
-                self._pending.result()
+                self._wait()
         finally:
-            self._worker.shutdown()
+            for worker, _ in self._workers:
+                worker.shutdown()
             self._file.close()
         if error is None and self._waiting:
             raise InternalError(f"{self.path}: tensor '{self._waiting[-1]}' was never written")
