@@ -11,7 +11,8 @@ from onnx import TensorProto
 
 from rerampile.errors import ModelError, UnsupportedModelError
 from rerampile.graph import STANDARD_DOMAINS, GraphNode, ModelGraph, Tensor
-from rerampile.layer import DigitalOperation, Layer, MatrixView
+from rerampile.layer import DigitalOperation, Layer
+from rerampile.matrix_view import MatrixView
 from rerampile.passes.fold import fold_neighbours
 from rerampile.unit import Unit
 

@@ -79,7 +79,8 @@ def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, fl
     ratios: dict[str, float] = {}
     for key, ratio in asked.items():
         if not 0 <= ratio < 1:
-            raise ConfigError(f"--prune {key}={ratio:g}: expected a ratio of 0 or more and less than 1")
+            asked_for = f"{ratio:g}" if key == "*" else f"{key}={ratio:g}"
+            raise ConfigError(f"--prune {asked_for}: expected a ratio of 0 or more and less than 1")
         hit = [layer for layer in layers if key == layer.block or _matches(key, layer)]
         if not hit:
             known = {layer.block for layer in layers} | {layer.name for layer in layers}

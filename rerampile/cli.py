@@ -131,6 +131,17 @@ class _Progress:
 # Options.
 
 
+class _NearChoice(click.Choice[str]):
+    """A choice that names the near ones where the word is unknown."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            from rerampile.errors import did_you_mean
+
+            self.fail(f"'{value}' is not one of them{did_you_mean(str(value), self.choices)}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:
     """Read ``0.6``, or ``64=0.2,128=0.4``: one pruning ratio, or one for each name."""
     if value is None:
@@ -224,7 +235,7 @@ def main() -> None:
 )
 @click.option(
     "--mapping",
-    type=click.Choice(_SCHEMES),
+    type=_NearChoice(_SCHEMES),
     help="How a weight becomes cells.  [default: the target's]",
 )
 @click.option(

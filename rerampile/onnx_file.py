@@ -7,6 +7,7 @@ external ones are memory-mapped from the model's own folder, and from nowhere el
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -243,11 +244,23 @@ def _check_tensors(model: ModelFile) -> None:
     for tensor in _all_tensors(model.proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _inside(model.folder, external_entries(tensor, model.name)[0], tensor, model.name)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != _byte_size(tensor):
+            continue
+        field = "raw_data" if tensor.HasField("raw_data") else onnx.helper.tensor_dtype_to_field(tensor.data_type)
+        found, expected = len(getattr(tensor, field)), _field_size(tensor, field)
+        if found != expected:
             raise ModelError(
-                f"{model.name}: tensor '{tensor.name}' has {len(tensor.raw_data)} bytes, "
-                f"expected {_byte_size(tensor)} for shape {list(tensor.dims)}; the file is damaged"
+                f"{model.name}: tensor '{tensor.name}' has {found} {'bytes' if field == 'raw_data' else 'values'}, "
+                f"expected {expected} for shape {list(tensor.dims)}; the file is damaged"
             )
+
+
+def _field_size(tensor: onnx.TensorProto, field: str) -> int:
+    """Return how many bytes or values a data field of ``tensor`` holds, from its shape and type alone."""
+    size = _byte_size(tensor)
+    if field == "raw_data" or tensor.data_type in _PACKED:
+        return size
+    parts = 2 if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128) else 1
+    return parts * math.prod(tensor.dims)
 
 
 def _check_graph(model: ModelFile) -> None:

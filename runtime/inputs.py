@@ -45,6 +45,8 @@ def inputs_from_file(path: Path, session: Any) -> Inputs:
     Raises:
         DataError: The file is unreadable, or its names, types or shapes do not fit the model.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: not an .npz file; write one with numpy.savez(FILE, input_name=array)")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}

@@ -20,7 +20,7 @@ from onnx import TensorProto
 from rerampile.checks import check_checksums, check_placement, decode_layer, weights_sha256
 from rerampile.deployment import Deployment, layer_coding, load_deployment
 from rerampile.errors import InternalError, PlanFormatError
-from rerampile.files import DEPLOYED, PLAN, REFERENCE
+from rerampile.files import DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import FileRecord, LayerPlan, Plan, Verification, encode_plan
@@ -232,13 +232,9 @@ def verify_deployment(folder: str | Path) -> Verification:
         raise PlanFormatError(f"{deployment.folder / PLAN}: $.verification: missing, the folder was never completed")
     check_checksums(deployment)
     check_placement(deployment)
+    masks = TensorFile(deployment.folder / MASKS) if MASKS in deployment.plan.files else None
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(partial(_decoded_sha256, deployment), deployment.plan.layers)
-        for layer, found_hash in zip(deployment.plan.layers, hashes, strict=True):
-            if found_hash != layer.decoded_sha256:
-                raise PlanFormatError(
-                    f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
-                )
+        list(pool.map(partial(_check_weights, deployment, masks), deployment.plan.layers))
     reference = TensorFile(deployment.folder / REFERENCE)
     inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
     session = open_session(deployment.model_path)
@@ -249,7 +245,17 @@ def verify_deployment(folder: str | Path) -> Verification:
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
 
-def _decoded_sha256(deployment: Deployment, layer: LayerPlan) -> str:
-    digest = weights_sha256(decode_layer(deployment, layer))
+def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: LayerPlan) -> None:
+    """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
+    weights = decode_layer(deployment, layer)
+    if weights_sha256(weights) != layer.decoded_sha256:
+        raise PlanFormatError(
+            f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
+        )
+    if layer.mask is not None and masks is not None:
+        kept = layer.view.matrix(masks.read(layer.mask.tensor))
+        if weights[~kept].any():
+            raise PlanFormatError(
+                f"{deployment.folder}: layer '{layer.name}': a weight that '{MASKS}' prunes is not zero"
+            )
     deployment.conductances.drop_pages()
-    return digest

@@ -358,7 +358,7 @@ def test_an_inconsistent_plan_is_an_error_not_a_bug(folder: Path) -> None:
     ("args", "message"),
     [
         (["compile"], "Missing argument 'MODEL'"),
-        (["compile", "m.onnx", "--mapping", "diferential"], "'two_column', 'differential', 'offset', 'balanced'"),
+        (["compile", "m.onnx", "--mapping", "diferential"], "known: balanced, differential, offset, two_column"),
         (["compile", "m.onnx", "--prune", "lots"], "'lots': expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--prune", "64=0.2,128"], "expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--set", "rows"], "'rows': expected KEY=VALUE"),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from rerampile.layer import MatrixView
+from rerampile.matrix_view import MatrixView
 from rerampile.runtime.session import open_session
 
 Array = npt.NDArray[Any]

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 import rerampile
-from rerampile.layer import MatrixView
+from rerampile.matrix_view import MatrixView
 from rerampile.plan_schema import plan_schema
 
 REMEDY = "regenerate it with: python docs/plan_format.py"
