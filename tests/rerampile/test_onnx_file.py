@@ -186,10 +186,31 @@ def test_no_data_at_all() -> None:
     assert "tensor 'W' has 0 values, expected" in refusal(weight_only(tensor))
 
 
-@pytest.mark.parametrize(("dims", "kind"), [([-1, 3], TensorProto.FLOAT), ([5, 3], 99)])
-def test_shapes_and_types_that_do_not_exist(dims: list[int], kind: int) -> None:
-    tensor = TensorProto(name="W", data_type=kind, dims=dims, raw_data=b"\0" * 60)
-    assert "tensor 'W'" in refusal(weight_only(tensor))
+@pytest.mark.parametrize("raw", [b"\0" * 60, None])
+@pytest.mark.parametrize(
+    ("dims", "kind", "message"),
+    [
+        ([-1, 3], TensorProto.FLOAT, "tensor 'W': dimension -1, expected 0 or more"),
+        ([5, 3], 99, "tensor 'W': unknown element type 99"),
+        ([5, 3], 0, "tensor 'W': unknown element type 0"),
+    ],
+)
+def test_shapes_and_types_that_do_not_exist(dims: list[int], kind: int, message: str, raw: bytes | None) -> None:
+    assert refusal(weight_only(TensorProto(name="W", data_type=kind, dims=dims, raw_data=raw))) == message
+
+
+@pytest.mark.parametrize("kind", [t for t in TensorProto.DataType.values() if t != TensorProto.UNDEFINED])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_every_element_type_may_be_typed_data(kind: int, count: int, small_model: onnx.ModelProto) -> None:
+    """The count of values that each type packs into its field is right: a true tensor is never called damaged."""
+    values = [b"1"] * count if kind == TensorProto.STRING else [1] * count
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    model.ir_version, model.opset_import[0].version = onnx.IR_VERSION, onnx.defs.onnx_opset_version()
+    model.graph.node.append(helper.make_node("Constant", [], ["c"]))
+    tensor = helper.make_tensor("t", kind, [count], values)
+    model.graph.node[-1].attribute.append(helper.make_attribute("value", tensor))
+    load_model_file(model)
 
 
 @pytest.mark.parametrize("size", [2**20, 2**31])
@@ -215,12 +236,12 @@ def test_a_constant_of_absurd_size_takes_no_memory(size: int, tmp_path: Path) ->
 
 
 def test_an_operator_set_too_old_to_convert(tmp_path: Path) -> None:
-    node = helper.make_node("Upsample", ["x"], ["y"], width_scale=2.0, height_scale=2.0)
+    node = helper.make_node("LpPool", ["x"], ["y"], kernel_shape=[1, 1])
     graph = helper.make_graph(
         [node],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 2, 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 2, 2])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 1)], ir_version=3)
     message = refusal(model, UnsupportedModelError)
