@@ -245,22 +245,24 @@ def _check_tensors(model: ModelFile) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _inside(model.folder, external_entries(tensor, model.name)[0], tensor, model.name)
             continue
-        field = "raw_data" if tensor.HasField("raw_data") else onnx.helper.tensor_dtype_to_field(tensor.data_type)
-        found, expected = len(getattr(tensor, field)), _field_size(tensor, field)
+        found, expected, unit = _data_count(tensor)
         if found != expected:
             raise ModelError(
-                f"{model.name}: tensor '{tensor.name}' has {found} {'bytes' if field == 'raw_data' else 'values'}, "
-                f"expected {expected} for shape {list(tensor.dims)}; the file is damaged"
+                f"{model.name}: tensor '{tensor.name}' has {found} {unit}, expected {expected} for shape "
+                f"{list(tensor.dims)}; the file is damaged"
             )
 
 
-def _field_size(tensor: onnx.TensorProto, field: str) -> int:
-    """Return how many bytes or values a data field of ``tensor`` holds, from its shape and type alone."""
+def _data_count(tensor: onnx.TensorProto) -> tuple[int, int, str]:
+    """Return how much data ``tensor`` carries, how much its shape and type ask for, and what is counted."""
     size = _byte_size(tensor)
-    if field == "raw_data" or tensor.data_type in _PACKED:
-        return size
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data), size, "bytes"
+    found = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+    if tensor.data_type in _PACKED:
+        return found, size, "values"
     parts = 2 if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128) else 1
-    return parts * math.prod(tensor.dims)
+    return found, parts * math.prod(tensor.dims), "values"
 
 
 def _check_graph(model: ModelFile) -> None:

@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import mmap
+import operator
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,7 +170,7 @@ class TensorFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise PlanFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, PlanFormatError):
                 raise
             raise PlanFormatError(f"{path}: not a safetensors file: its header is not JSON") from error
@@ -182,12 +184,13 @@ class TensorFile:
             if name == "__metadata__":
                 continue
             try:
-                dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
-                first, last = (int(n) for n in entry["data_offsets"])
+                dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(operator.index(n) for n in entry["shape"])
+                first, last = (operator.index(n) for n in entry["data_offsets"])
             except (KeyError, TypeError, ValueError) as error:
                 raise PlanFormatError(f"{self.path}: tensor '{name}': unreadable header entry") from error
             spec = TensorSpec(dtype=dtype, shape=shape, offset=base + first)
-            if min((*shape, first)) < 0 or last - first != spec.nbytes or base + last > size:
+            countable = math.prod(n or 1 for n in shape) * dtype.itemsize <= sys.maxsize
+            if min((*shape, first)) < 0 or last - first != spec.nbytes or base + last > size or not countable:
                 raise PlanFormatError(
                     f"{self.path}: tensor '{name}': bytes [{first}, {last}) for shape {list(shape)} of {dtype}, "
                     f"expected {spec.nbytes} bytes inside the {size - base} that the file holds"
