@@ -346,15 +346,11 @@ def inspect(model: Path, verbose: bool, as_json: bool) -> None:
     from rerampile.graph import ModelGraph
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
-    from rerampile.passes.fold import fold_neighbours
     from rerampile.show import console, model_data, show_model
 
     loaded = load_model_file(model)
     graph = ModelGraph(loaded)
     layers, digital = find_layers(graph)
-    layers = fold_neighbours(graph, layers)
-    folded = {id(fold.node) for layer in layers for fold in layer.folds}
-    digital = [operation for operation in digital if id(operation.node) not in folded]
     data = model_data(loaded, graph, [layer.block for layer in layers], layers, digital)
     if as_json:
         _print_json(data)

@@ -72,6 +72,10 @@ class GraphNode:
             return None
         return self.view.inputs[slot]
 
+    def slots(self, tensor: Tensor) -> list[int]:
+        """Return the input slots at which the node reads ``tensor``."""
+        return [slot for slot, value in enumerate(self.view.inputs) if value is tensor]
+
     def attribute(self, name: str, default: Any) -> Any:
         """Return the value of an attribute, or a default."""
         for attribute in self.proto.attribute:

@@ -219,7 +219,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         zeros: Weights that are exactly zero.
         sparsity: Their share.
         decoded_sha256: Hash of the decoded weights, little-endian float32 [groups * outputs, inputs].
-        mean_cell_conductance: Mean over all values of the cells tensor, siemens.
+        mean_cell_conductance: Mean over the layer's cells that sit on arrays, siemens; 0 where none does.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -268,7 +268,38 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         )
 
 
-class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
+class _Rectangle:
+    """Part of a group's matrix: a range or a list of its inputs, by a range or a list of its outputs."""
+
+    __slots__ = ()
+
+    inputs: Range | None
+    outputs: Range | None
+    input_index: list[int] | None
+    output_index: list[int] | None
+
+    @property
+    def input_count(self) -> int:
+        """Inputs, so rows, of one group."""
+        return self.inputs[1] - self.inputs[0] if self.inputs is not None else len(self.input_index or ())
+
+    @property
+    def output_count(self) -> int:
+        """Outputs of one group."""
+        return self.outputs[1] - self.outputs[0] if self.outputs is not None else len(self.output_index or ())
+
+    @property
+    def input_indices(self) -> list[int]:
+        """The inputs in the order of their rows."""
+        return list(range(*self.inputs)) if self.inputs is not None else list(self.input_index or ())
+
+    @property
+    def output_indices(self) -> list[int]:
+        """The outputs in the order of their columns."""
+        return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
+
+
+class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """The piece of a layer's matrices that sits on one array.
 
     ``inputs`` and ``outputs`` are ranges of one group's matrix, or lists of its indices where rows or columns were
@@ -297,26 +328,6 @@ class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
     output_index: list[Count] | None = None
     replica: Count = 0
 
-    @property
-    def input_count(self) -> int:
-        """Inputs, so rows, of one group."""
-        return self.inputs[1] - self.inputs[0] if self.inputs is not None else len(self.input_index or ())
-
-    @property
-    def output_count(self) -> int:
-        """Outputs of one group."""
-        return self.outputs[1] - self.outputs[0] if self.outputs is not None else len(self.output_index or ())
-
-    @property
-    def input_indices(self) -> list[int]:
-        """The inputs in the order of their rows."""
-        return list(range(*self.inputs)) if self.inputs is not None else list(self.input_index or ())
-
-    @property
-    def output_indices(self) -> list[int]:
-        """The outputs in the order of their columns."""
-        return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
-
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold.
@@ -344,7 +355,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     twin: Count | None = None
 
 
-class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
+class Region(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """A rectangle of a layer's matrix that takes no cells: all its weights are zero.
 
     Attributes:
@@ -401,7 +412,7 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
-            over all values of the cells tensors.
+            over the cells that sit on arrays.
         digital_operations: Entries of ``digital``.
     """
 

@@ -153,7 +153,7 @@ def test_files_that_are_no_masks(pruned: Callable[..., Deployment], tmp_path: Pa
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (1.0, r"\*=1: expected a ratio of 0 or more and less than 1"),
+        (1.0, r"--prune 1: expected a ratio of 0 or more and less than 1"),
         (-0.1, "expected a ratio of 0 or more"),
         (float("nan"), "expected a ratio of 0 or more"),
         ({"64": 0.5}, r"64=0.5: no block and no layer of that name; expected a number of output channels or"),

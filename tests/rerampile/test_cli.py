@@ -358,7 +358,11 @@ def test_an_inconsistent_plan_is_an_error_not_a_bug(folder: Path) -> None:
     ("args", "message"),
     [
         (["compile"], "Missing argument 'MODEL'"),
-        (["compile", "m.onnx", "--mapping", "diferential"], "known: balanced, differential, offset, two_column"),
+        (
+            ["compile", "m.onnx", "--mapping", "diferential"],
+            "'diferential' is not one of them (did you mean differential?)",
+        ),
+        (["compile", "m.onnx", "--mapping", "zzz"], "(known: balanced, differential, offset, two_column)"),
         (["compile", "m.onnx", "--prune", "lots"], "'lots': expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--prune", "64=0.2,128"], "expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--set", "rows"], "'rows': expected KEY=VALUE"),
@@ -391,7 +395,7 @@ def test_a_bug_keeps_its_traceback(
             MemoryError("Unable to allocate 9 TiB"),
             "Error: out of memory (Unable to allocate 9 TiB); use a machine with",
         ),
-        (OSError(28, "No space left on device"), "cannot be written: No space left on device; nothing was left behind"),
+        (OSError(28, "No space left on device"), "No space left on device; '"),
     ],
 )
 def test_what_the_machine_refuses(
@@ -416,7 +420,7 @@ def test_no_room_for_the_deployment(small_model_file: Path, tmp_path: Path) -> N
     )
     done = _python(probe, "compile", small_model_file, "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "cannot be written: File too large; nothing was left behind" in done.stderr.splitlines()[-1]
+    assert "File too large" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [small_model_file]
 
 
