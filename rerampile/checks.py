@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import reprlib
 
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment, layer_coding, partition_blocks
-from rerampile.errors import PlanFormatError
+from rerampile.deployment import Deployment, footprint, layer_coding
+from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
 from rerampile.schemes import Coding
@@ -41,7 +42,10 @@ def check_placement(deployment: Deployment) -> None:
         PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
     """
     plan = deployment.plan
+    for layer in plan.layers:
+        deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
     covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.uint8) for layer in plan.layers]
+    addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
         if array.id != number or not array.partitions:
@@ -51,6 +55,7 @@ def check_placement(deployment: Deployment) -> None:
         for partition in array.partitions:
             if not 0 <= partition.layer < len(plan.layers):
                 raise PlanFormatError(f"{where}: layer {partition.layer}, expected 0 to {len(plan.layers) - 1}")
+        _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
         if array.roles[0] == "plus":
@@ -89,8 +94,21 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
         raise PlanFormatError(f"{where}: expected either '{axis}s' or '{axis}_index'")
     first, last = (span[0], span[1] - 1) if span is not None else (min(listed, default=0), max(listed, default=-1))
     if not 0 <= first <= last < size:
-        raise PlanFormatError(f"{where}: {axis}s {span or listed}, expected some of 0 to {size - 1}")
+        raise PlanFormatError(
+            f"{where}: {axis}s {reprlib.repr(list(span or listed))}, expected some of 0 to {size - 1}"
+        )
     return slice(*span) if span is not None else np.array(listed, np.int64)
+
+
+def _check_address(deployment: Deployment, array: ArrayPlan, where: str, taken: set[int]) -> None:
+    """Check that an array exists on the target and is no other array of the plan; note that it is taken."""
+    try:
+        index = deployment.target.index((array.chip, array.tile, array.core, array.array))
+    except CapacityError as error:
+        raise PlanFormatError(f"{where}: {error}") from error
+    if index in taken:
+        raise PlanFormatError(f"{where}: has the address of an earlier array, expected one of its own")
+    taken.add(index)
 
 
 def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
@@ -106,7 +124,8 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
         if twin.partitions != array.partitions or twin.twin != array.id or len(twin.roles) != 1:
             raise PlanFormatError(f"{where}: differs from its twin, array {array.twin}")
         roles = sorted([*array.roles, *twin.roles], reverse=True)
-    if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or slices != {len(array.slices)}:
+    whole = slices == {len(array.slices)} and sorted(array.slices) == list(range(len(array.slices)))
+    if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or not whole:
         raise PlanFormatError(
             f"{where}: roles {roles} and slices {array.slices}, expected every cell of its layers' weights"
         )
@@ -114,20 +133,13 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
 
 def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
     width = len(array.roles) * len(array.slices)
-    spans: list[tuple[slice, slice]] = []
-    for partition in array.partitions:
-        blocks = [(rows, columns) for _, rows, columns in partition_blocks(partition, width)]
-        spans.append((_join([rows for rows, _ in blocks]), _join([columns for _, columns in blocks])))
+    spans = [footprint(partition, width) for partition in array.partitions]
     for axis, size, what in ((0, deployment.target.rows, "row"), (1, deployment.target.columns, "column")):
         ordered = sorted((span[axis].start, span[axis].stop) for span in spans)
         if ordered[0][0] < 0 or ordered[-1][1] > size:
             raise PlanFormatError(f"{where}: partitions reach {what} {ordered[-1][1]}, expected at most {size}")
         if any(before[1] > after[0] for before, after in itertools.pairwise(ordered)):
             raise PlanFormatError(f"{where}: two partitions share a {what}")
-
-
-def _join(spans: list[slice]) -> slice:
-    return slice(spans[0].start, spans[-1].stop) if spans else slice(0, 0)
 
 
 def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.float32]:

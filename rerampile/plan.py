@@ -542,7 +542,7 @@ def decode_plan(data: bytes, where: str) -> Plan:
         )
     try:
         return msgspec.json.decode(data, type=Plan)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanFormatError(f"{where}: not a deployment plan: {error}") from error
 
 
