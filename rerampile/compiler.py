@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import onnx
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError, did_you_mean
-from rerampile.files import PLAN, STAGES
+from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
@@ -130,20 +130,27 @@ def _written_whole(out: Path) -> Iterator[Path]:
     """
     _check_replaceable(out)
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield folder
-        _move_into_place(folder, out)
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or out}: {error.strerror or error}; '{out}' was not written, and nothing was left behind"
-        ) from error
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+        try:
+            yield folder
+            _move_into_place(folder, out)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or out}: {error.strerror or error}; '{out}' was not written, and nothing was left "
+                f"behind"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # only an empty folder goes, so none with a deployment in it
+                parent.rmdir()
 
 
 def _check_replaceable(out: Path) -> None:
@@ -155,15 +162,15 @@ def _check_replaceable(out: Path) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     try:
-        ours = {PLAN, STAGES, *read_plan(out / PLAN).files}
+        files = set(read_plan(out / PLAN).files)
     except RerampileError as error:
-        if _looks_like_plan(out / PLAN):
-            return
-        raise ConfigError(
-            f"{out}: holds something else than a deployment, expected a new or empty folder; "
-            f"name another one with -o, or empty it"
-        ) from error
-    others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
+        if not _looks_like_plan(out / PLAN):
+            raise ConfigError(
+                f"{out}: holds something else than a deployment, expected a new or empty folder; "
+                f"name another one with -o, or empty it"
+            ) from error
+        files = {CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, REFERENCE}
+    others = sorted(entry.name for entry in out.iterdir() if entry.name not in {PLAN, STAGES, *files})
     if others:
         raise ConfigError(
             f"{out}: holds '{others[0]}' beside an earlier deployment, which would be lost; "
