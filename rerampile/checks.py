@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import reprlib
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,13 @@ from rerampile.deployment import Deployment, footprint, layer_coding
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
-from rerampile.schemes import Coding
+from rerampile.schemes import Coding, row_chunks
 
-__all__ = ["check_checksums", "check_placement", "decode_layer", "weights_sha256"]
+__all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
 Flags = npt.NDArray[np.uint8]
+
+_PAGES_HELD = 1 << 26  # bytes of the conductance file that decoding keeps in memory
 
 
 def check_checksums(deployment: Deployment) -> None:
@@ -142,8 +144,11 @@ def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
             raise PlanFormatError(f"{where}: two partitions share a {what}")
 
 
-def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.float32]:
-    """Rebuild a layer's weights, float32 [groups * outputs, inputs], from cells that are checked to be possible ones.
+def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Rebuild a layer's weights from cells that are checked to be possible ones, some rows at a time.
+
+    Yields:
+        A range of rows of [groups * outputs, inputs] and its weights, float32.
 
     Raises:
         PlanFormatError: A cell is outside the range or the levels of the target, or the plan tells other readers
@@ -151,19 +156,27 @@ def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.flo
     """
     coding = layer_coding(deployment.target, layer)
     _check_coding(deployment, layer, coding)
-    cells = deployment.cells(layer)
+    cells, gain = deployment.cells(layer), deployment.gain(layer)
     low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
-    if not (cells.min() >= low and cells.max() <= high):
-        raise PlanFormatError(
-            f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {cells.min()} to {cells.max()}, "
-            f"expected {low:g} to {high:g}"
-        )
-    return coding.decode(cells, deployment.gain(layer))
+    read = 0
+    for rows in row_chunks(cells.shape[2:]):
+        part = cells[:, :, rows]
+        if not (part.min() >= low and part.max() <= high):
+            raise PlanFormatError(
+                f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {part.min()} to {part.max()}, "
+                f"expected {low:g} to {high:g}"
+            )
+        yield rows, coding.decode(part, gain[rows])
+        read += part.nbytes
+        if read > _PAGES_HELD:
+            deployment.conductances.drop_pages()
+            read = 0
+    deployment.conductances.drop_pages()
 
 
-def weights_sha256(weights: npt.NDArray[np.float32]) -> str:
-    """Return the sha256 of decoded weights: of their bytes in row order, little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(weights, "<f4").view(np.uint8).data).hexdigest()
+def weight_bytes(weights: npt.NDArray[np.float32]) -> memoryview:
+    """Return the bytes of decoded weights that plans hash: in row order, little-endian float32."""
+    return np.ascontiguousarray(weights, "<f4").view(np.uint8).data
 
 
 def _check_coding(deployment: Deployment, layer: LayerPlan, coding: Coding) -> None:

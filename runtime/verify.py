@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto
 
-from rerampile.checks import check_checksums, check_placement, decode_layer, weights_sha256
+from rerampile.checks import check_checksums, check_placement, decode_rows, weight_bytes
 from rerampile.deployment import Deployment, layer_coding, load_deployment
 from rerampile.errors import InternalError, PlanFormatError
 from rerampile.files import DEPLOYED, MASKS, PLAN, REFERENCE
@@ -98,17 +99,22 @@ def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tu
     """Compare every decoded weight with the pruned one; return the plan's layers with hashes, and the worst errors."""
 
     def check(layer: Layer, plan: LayerPlan) -> tuple[LayerPlan, float, float]:
-        decoded, expected = decode_layer(deployment, plan), unit.weights(layer)
-        error = np.abs(decoded - expected).max(axis=1).astype(np.float64)
-        bound = layer_coding(deployment.target, plan).error_bound(deployment.gain(plan))
-        if not (error <= bound).all() or (unit.mapped[layer.name].zeros and np.any(decoded[expected == 0])):
-            raise InternalError(
-                f"layer '{layer.name}': a decoded weight is {error.max():.3g} off (bound {bound[error.argmax()]:.3g}), "
-                f"or a pruned weight is not zero"
-            )
-        filled = msgspec.structs.replace(plan, decoded_sha256=weights_sha256(decoded))
-        deployment.conductances.drop_pages()
-        return filled, float(error.max()), float((error / bound).max())
+        expected, bound = (
+            unit.weight_rows(layer),
+            layer_coding(deployment.target, plan).error_bound(deployment.gain(plan)),
+        )
+        digest, worst, worst_part = hashlib.sha256(), 0.0, 0.0
+        for rows, decoded in decode_rows(deployment, plan):
+            wanted = expected(rows)
+            error = np.abs(decoded - wanted).max(axis=1).astype(np.float64)
+            if not (error <= bound[rows]).all() or (unit.mapped[layer.name].zeros and np.any(decoded[wanted == 0])):
+                raise InternalError(
+                    f"layer '{layer.name}': a decoded weight is {error.max():.3g} off "
+                    f"(bound {bound[rows][error.argmax()]:.3g}), or a pruned weight is not zero"
+                )
+            worst, worst_part = max(worst, float(error.max())), max(worst_part, float((error / bound[rows]).max()))
+            digest.update(weight_bytes(decoded))
+        return msgspec.structs.replace(plan, decoded_sha256=digest.hexdigest()), worst, worst_part
 
     with ThreadPoolExecutor(_THREADS) as pool:  # numpy and hashlib work outside the interpreter's lock
         found = list(pool.map(check, unit.layers, deployment.plan.layers))
@@ -247,15 +253,16 @@ def verify_deployment(folder: str | Path) -> Verification:
 
 def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: LayerPlan) -> None:
     """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
-    weights = decode_layer(deployment, layer)
-    if weights_sha256(weights) != layer.decoded_sha256:
-        raise PlanFormatError(
-            f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
-        )
+    digest, kept = hashlib.sha256(), None
     if layer.mask is not None and masks is not None:
         kept = layer.view.matrix(masks.read(layer.mask.tensor))
-        if weights[~kept].any():
+    for rows, weights in decode_rows(deployment, layer):
+        digest.update(weight_bytes(weights))
+        if kept is not None and weights[~kept[rows]].any():
             raise PlanFormatError(
                 f"{deployment.folder}: layer '{layer.name}': a weight that '{MASKS}' prunes is not zero"
             )
-    deployment.conductances.drop_pages()
+    if digest.hexdigest() != layer.decoded_sha256:
+        raise PlanFormatError(
+            f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
+        )
