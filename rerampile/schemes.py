@@ -244,9 +244,11 @@ class Coding:
         else:
             numbers = tuple(self._order[self._nearest(part)] for part in self._split_values(difference))
         levels = self.levels or 0
-        for cell, number in enumerate(numbers):
+        for cell, rest in enumerate(numbers):
             for k in range(self.slices):
-                out[k, cell] = number // levels**k % levels
+                higher = rest // levels  # numpy divides by a scalar fast, and takes remainders slowly
+                np.subtract(rest, higher * levels, out=out[k, cell], casting="unsafe")
+                rest = higher  # noqa: PLW2901
 
     def _split_steps(self, d: Array) -> tuple[Array, ...]:
         """Split whole differences into whole + and - values (uniform levels)."""
