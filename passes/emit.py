@@ -87,8 +87,10 @@ def _write_cells(unit: Unit, layer: Layer, writer: TensorWriter, name: str) -> f
 def _total_conductance(coding: Coding, cells: npt.NDArray[Any]) -> float:
     if coding.levels is None:
         return float(cells.sum(dtype=np.float32))
-    counts = np.bincount(cells.reshape(-1), minlength=coding.levels)
-    return float(counts @ coding.conductance(np.arange(coding.levels)).astype(np.float64))
+    if coding.level_table is not None:
+        return float(np.bincount(cells.reshape(-1), minlength=coding.levels) @ np.array(coding.level_table))
+    step = (coding.g_on - coding.g_off) / (coding.levels - 1)
+    return cells.size * coding.g_off + int(cells.sum(dtype=np.uint64)) * step
 
 
 def _write_masks(unit: Unit) -> None:
