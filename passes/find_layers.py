@@ -219,16 +219,18 @@ def _with_zero_point(graph: ModelGraph, layer: Layer, node: GraphNode, slot: _Sl
         return layer
     if not graph.is_constant(zero_point):
         return "computed-weights", "the zero point of the weights is computed while the model runs"
-    count = graph.read(zero_point).size
-    rank = len(layer.view.tensor_shape)
-    shape = [1] * rank
-    if count > 1:
-        shape[slot.zero_point_axis] = count
-    return replace(layer, zero_point=zero_point, zero_point_shape=tuple(shape))
+    shape, weights = graph.read(zero_point).shape, layer.view.tensor_shape
+    if len(shape) == 1 and len(weights) > 1:
+        along = [1] * len(weights)
+        along[slot.zero_point_axis] = shape[0]
+        shape = tuple(along)
+    if len(shape) > len(weights) or any(n not in (1, m) for n, m in zip(shape[::-1], weights[::-1], strict=False)):
+        return "zero-point", f"a zero point of shape {list(shape)} for weights of shape {list(weights)}"
+    return replace(layer, zero_point=zero_point, zero_point_shape=shape)
 
 
 def _with_unique_names(layers: Iterable[Layer]) -> list[Layer]:
-    used: set[str] = set()
+    used = {"__metadata__"}  # a word of the safetensors format, in which masks are named by layer
     named: list[Layer] = []
     for layer in layers:
         name, number = layer.name, 1

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
@@ -257,8 +257,7 @@ class ModelGraph:
         """Return ``tensor`` with its data inside, for a model that has no folder."""
         if tensor.data_location != TensorProto.EXTERNAL:
             return tensor
-        values = self.model.array(tensor)
-        return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
+        return numpy_helper.from_array(self.model.array(tensor), tensor.name)
 
 
 def _small(tensor: TensorProto) -> TensorProto | onnx.ValueInfoProto:

@@ -541,3 +541,55 @@ def test_external_data_in_a_subgraph(
     assert list(matrices(deployment)) == ["W"]
     (tmp_path / "slope.bin").unlink()
     verify_deployment(deployment.folder)
+
+
+def test_a_zero_point_for_every_batch_and_column(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"{HEADER} g (uint8[2,3,4] x) => (int32[] y) {{ y = MatMulInteger (x, W, , z) }}",
+        {"W": weight(2, 4, 5, dtype=np.int8), "z": np.arange(-5, 5, dtype=np.int8).reshape(2, 1, 5)},
+    )
+    assert matrices(deployment) == {"W": [2, 5, 4]}
+
+
+@pytest.mark.parametrize(
+    "name", ["__metadata__", "layers[0].w", "a b/../c", 'é\n"', "W__reference", "B__reference", "W.gain"]
+)
+def test_any_name_will_do(name: str, weight: Weight, tmp_path: Path) -> None:
+    """Names that mean something to the formats we write, and names that another layer's files or tensors would take."""
+    nodes = [helper.make_node("MatMul", ["x", "W"], ["a"]), helper.make_node("MatMul", ["a", name], ["b"])]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("x", "y")]
+    weights = [numpy_helper.from_array(weight(4, 4), n) for n in ("W", name)]
+    bias = numpy_helper.from_array(weight(2, 4), "B")
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Add", ["b", "B"], ["y"])], "g", values[:1], values[1:], [*weights, bias]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    deployment = compile_model(model, out=tmp_path / "out", prune=0.5)
+    assert [layer.zeros for layer in deployment.plan.layers] == [8, 8]
+    verify_deployment(tmp_path / "out")
+
+
+def test_inputs_of_a_loop_stay_though_nobody_reads_them(compile_text: Compile, weight: Weight) -> None:
+    """The body's counter has the name of a weight in a branch: only that weight makes way."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, bool c) => (float[2,4] y) {{
+            a = If (c) <then_branch = t () => (float[2,4] p) <float[4,4] i = {{{", ".join(["1"] * 16)}}}> {{
+                p = MatMul (x, i) }}, else_branch = e () => (float[2,4] q) {{ q = Relu (x) }}>
+            n = Constant <value_int = 3> ()
+            y = Loop (n, , a) <body = b (int64 i, bool k, float[2,4] s) => (bool m, float[2,4] r) {{
+                m = Identity (k) r = MatMul (s, W) }}> }}""",
+        {"W": weight(4, 4)},
+    )
+    assert matrices(deployment) == {"i": [1, 4, 4], "W": [1, 4, 4]}
+
+
+def test_weights_of_four_bits_in_an_external_file(weight: Weight, tmp_path: Path) -> None:
+    packed = numpy_helper.from_array((np.arange(16) - 8).reshape(4, 4).astype(ml_dtypes.int4), "W")
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[2,4] x) => (float[2,4] y) <float S = {0.1}> {
+            w = DequantizeLinear (W, S) y = MatMul (x, w) }"""
+    )
+    model.graph.initializer.append(packed)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    deployment = compile_model(tmp_path / "m.onnx", out=tmp_path / "out")
+    assert matrices(deployment) == {"W": [1, 4, 4]}
