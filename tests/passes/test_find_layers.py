@@ -593,3 +593,115 @@ def test_weights_of_four_bits_in_an_external_file(weight: Weight, tmp_path: Path
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     deployment = compile_model(tmp_path / "m.onnx", out=tmp_path / "out")
     assert matrices(deployment) == {"W": [1, 4, 4]}
+
+
+@pytest.mark.parametrize("prune", [None, 0.25])
+def test_branches_with_weights_of_one_name(prune: float | None, compile_text: Compile) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,2] x, bool c) => (float[2,2] y) {{
+            y = If (c) <then_branch = t () => (float[2,2] a) <float[2,2] W = {{1,2,3,4}}> {{ a = MatMul (x, W) }},
+                        else_branch = e () => (float[2,2] b) <float[2,2] W = {{5,-6,7,8}}> {{ b = MatMul (x, W) }}>
+        }}""",
+        prune=prune,
+    )
+    assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {
+        "W": ["If_y/MatMul_a"],
+        "W#2": ["If_y/MatMul_b"],
+    }
+    assert deployment.weights(deployment.layer("W#2")).max() == 8
+
+
+@pytest.mark.parametrize("prune", [None, 0.25])
+def test_a_constant_chain_across_graphs(prune: float | None, compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, bool c) => (float[2,2] y) {{
+            V = Transpose (W)
+            y = If (c) <then_branch = t () => (float[2,2] a) {{ a = MatMul (x, V) }},
+                        else_branch = e () => (float[2,2] b) {{ U = Identity (V) b = MatMul (x, U) }}>
+        }}""",
+        {"W": weight(2, 4)},
+        prune=prune,
+    )
+    assert [p.constant_chain for p in deployment.plan.layers] == [["Transpose_V"], ["Transpose_V", "If_y/Identity_U"]]
+
+
+@pytest.mark.parametrize("prune", [None, 0.5])
+def test_a_deployed_model_compiles_again(prune: float | None, compile_text: Compile, weight: Weight) -> None:
+    """It is an ONNX model like any other: its weights are a constant chain over its own conductances."""
+    first = compile_text(f"{HEADER} g (float[2,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    again = compile_model(first.model_path, out=first.folder.parent / "again", prune=prune)
+    (layer,) = again.plan.layers
+    assert (layer.outputs, layer.inputs) == (3, 4)
+    if prune is None:
+        np.testing.assert_allclose(again.weights(layer), first.weights(first.plan.layers[0]), rtol=1e-5)
+
+
+def test_functions_within_functions_and_of_another_operator_set(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(
+        """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        g (float[2,4] x) => (float[2,4] y) { y = local.two (x, W) }
+        <domain: "local", opset_import: ["" : 17, "local" : 1]>
+        two (a, b) => (c) { h = local.one (a, b) c = local.one (h, b) }
+        <domain: "local", opset_import: ["" : 13]>
+        one (a, b) => (c) { c = MatMul (a, b) }""",
+        {"W": weight(4, 4)},
+    )
+    deployment = compile_model(model, out=tmp_path / "out")
+    (layer,) = deployment.plan.layers
+    assert len(layer.uses) == 2
+    assert deployment.plan.model.inlined_functions == 2
+
+
+def test_weights_that_a_loop_changes_stay_digital(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x) => (float[2,4] y) {{
+            n = Constant <value_int=2> ()
+            z, v = Loop (n, , x, W) <body = l (int64 i, bool go, float[2,4] b, float[4,4] V)
+                => (bool on, float[2,4] a, float[4,4] U) {{ on = Identity (go) a = MatMul (b, V) U = Mul (V, V) }}>
+            y = MatMul (z, W)
+        }}""",
+        {"W": weight(4, 4)},
+    )
+    assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {"W": ["MatMul_y"]}
+    assert ("Loop_z/MatMul_a", "computed-weights") in [(o.node, o.code) for o in deployment.plan.digital]
+
+
+def test_sparse_initializers_stay_digital(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(
+        f"{HEADER} g (float[2,4] x) => (float[2,3] y) {{ a = MatMul (x, W) y = MatMul (a, S) }}",
+        {"W": weight(4, 3), "S": weight(3, 3)},
+    )
+    del model.graph.initializer[1]
+    values = numpy_helper.from_array(np.array([1, 2], np.float32), "S")
+    places = numpy_helper.from_array(np.array([1, 5], np.int64), "places")
+    model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=values, indices=places, dims=[3, 3]))
+    deployment = compile_model(model, out=tmp_path / "out")
+    assert list(matrices(deployment)) == ["W"]
+
+
+@pytest.mark.parametrize("outputs", ["float[] y, float[4,3] W", "float[] y, float[2,4] x"])
+def test_inputs_and_weights_that_are_outputs(outputs: str, compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(f"{HEADER} g (float[2,4] x) => ({outputs}) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    assert list(matrices(deployment)) == ["W"]
+
+
+def test_an_empty_batch_is_legal(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(f"{HEADER} g (float[0,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    assert list(matrices(deployment)) == ["W"]
+
+
+def test_quantisation_annotations_of_what_is_left_are_kept(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(f"{HEADER} g (float[2,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    model.graph.initializer.append(numpy_helper.from_array(weight(1), "s"))
+    for name in ("W", "x"):
+        note = model.graph.quantization_annotation.add(tensor_name=name)
+        note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    deployed = onnx.load(compile_model(model, out=tmp_path / "out").model_path, load_external_data=False)
+    assert [note.tensor_name for note in deployed.graph.quantization_annotation] == ["x"]
+    assert "s" in [t.name for t in deployed.graph.initializer]

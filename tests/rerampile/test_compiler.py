@@ -113,6 +113,17 @@ def test_a_file_in_the_way(small_model_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_link_to_a_folder(small_model_file: Path, tmp_path: Path) -> None:
+    """What it points to is replaced; the link stays."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        compile_model(small_model_file, out=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "small.onnx"]
+    load_deployment(tmp_path / "real")
+
+
 def test_the_current_folder(small_model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_model(small_model_file, out=tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")

@@ -51,7 +51,14 @@ def test_every_declared_type(kind: str, parse_model: Parse) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [("N,3", (2, 3)), ("2,T", (2, 32)), ("N,H,V,4", (2, 32, 32, 4)), ("N,N", (2, 2)), ("?,?", (2, 32))],
+    [
+        ("N,3", (2, 3)),
+        ("2,T", (2, 32)),
+        ("N,H,V,4", (2, 32, 32, 4)),
+        ("N,N", (2, 2)),
+        ("?,?", (2, 32)),
+        ("0,3", (0, 3)),
+    ],
 )
 def test_open_dimensions(shape: str, expected: tuple[int, ...], parse_model: Parse) -> None:
     """The first axis is a batch; the same symbol has one size."""
