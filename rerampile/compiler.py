@@ -128,6 +128,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` holds something else than a deployment, or cannot be written.
     """
+    out = out.resolve() if out.is_symlink() else out
     _check_replaceable(out)
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx
 import onnx.checker
 import onnx.inliner
+import onnx.shape_inference
 import onnx.version_converter
 from onnx import numpy_helper
 
@@ -130,7 +131,7 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     if found.opset < OLDEST_OPSET:
         found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
     if found.proto.functions:
-        found = replace(found, proto=_inline_functions(found.proto), inlined_functions=len(found.proto.functions))
+        found = replace(found, proto=_inline_functions(found), inlined_functions=len(found.proto.functions))
     return found
 
 
@@ -301,11 +302,32 @@ def _convert_up(model: ModelFile) -> onnx.ModelProto:
         ) from error
 
 
-def _inline_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _inline_functions(model: ModelFile) -> onnx.ModelProto:
     """Inline model-local functions, so that weights inside them are found; metadata are kept."""
-    inlined = onnx.inliner.inline_local_functions(proto)
+    inlined = onnx.inliner.inline_local_functions(model.proto)
+    if inlined.functions:
+        inlined = _inline_other_opsets(model, inlined)
     if not inlined.metadata_props:
-        inlined.metadata_props.extend(proto.metadata_props)
+        inlined.metadata_props.extend(model.proto.metadata_props)
+    return inlined
+
+
+def _inline_other_opsets(model: ModelFile, proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline functions that import another operator set; the inliner converts them where it knows every type."""
+    known = list(proto.graph.value_info)
+    proto.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in proto.graph.initializer
+    )
+    try:
+        typed = onnx.shape_inference.infer_shapes(proto)
+        inlined = onnx.inliner.inline_local_functions(typed, convert_version=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{model.name}: model-local functions of another operator set than the model's {model.opset} cannot be "
+            f"converted: {' '.join(str(error).split())[:200]}; export it with one operator set"
+        ) from error
+    del inlined.graph.value_info[:]
+    inlined.graph.value_info.extend(known)
     return inlined
 
 
