@@ -110,6 +110,7 @@ BAD_MASKS: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "values": ({FC: FULL * 0.5}, "mask 'fc_weight': values other than 0 and 1, expected 1 to keep and 0 to prune"),
     "negative": ({FC: -FULL}, "values other than 0 and 1"),
     "nan": ({FC: FULL * np.nan}, "values other than 0 and 1"),
+    "structured": ({FC: np.zeros((10, 128), [("a", "i4")])}, "values other than 0 and 1"),
     "text": ({FC: np.full((10, 128), "1")}, "mask 'fc_weight'"),
     "twice": ({FC: FULL, "Gemm_scores": FULL}, "layer 'fc_weight' has a mask already; keep one of the two"),
     "objects": ({FC: np.full((10, 128), None)}, "type object, expected numbers of at most 1280 elements"),
@@ -138,13 +139,17 @@ def test_files_that_are_no_masks(pruned: Callable[..., Deployment], tmp_path: Pa
         archive.writestr("fc_weight.npy", b"no array")
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(b"\xff" * 40)
+    float8 = tmp_path / "float8.safetensors"
+    header = b'{"fc_weight":{"dtype":"F8_E4M3","shape":[10,128],"data_offsets":[0,1280]}}'
+    float8.write_bytes(len(header).to_bytes(8, "little") + header + bytes(1280))
     for path, message in (
         (text, "ending '.txt', expected .npz or .safetensors"),
         (npy, "not a readable masks file"),
         (missing, "not a readable masks file: .*No such file"),
         (foreign, "not a readable masks file"),
         (torn, "not a readable masks file"),
-        (tmp_path, "masks file with ending ''"),
+        (tmp_path, "ending ''"),
+        (float8, "not a readable masks file: .*unreadable header entry"),
     ):
         with pytest.raises(ConfigError, match=message):
             pruned(masks=path)
@@ -168,3 +173,34 @@ def test_ratios_that_do_not_fit(prune: Any, message: str, pruned: Callable[..., 
 def test_masks_or_ratios_not_both(pruned: Callable[..., Deployment], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="both masks and pruning ratios were given, expected one of the two"):
         pruned(prune=0.5, masks=tmp_path / "masks.npz")
+
+
+def test_a_weight_that_is_two_layers(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path, weight: Callable[..., np.ndarray]
+) -> None:
+    """Read as it is and transposed: a mask or a ratio under the initializer's name is for both."""
+    model = parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[2,4] x) => (float[2,4] y) {
+            a = Gemm (x, W) y = Gemm <transB = 1> (a, W) }""",
+        W=weight(4, 3),
+    )
+    keep = np.arange(12).reshape(4, 3) % 3 > 0
+    np.savez(tmp_path / "masks.npz", W=keep)
+    both = compile_model(model, out=tmp_path / "both", masks=tmp_path / "masks.npz")
+    assert zeros(both) == {"W": 4, "W#2": 4}
+    assert zeros(compile_model(model, out=tmp_path / "ratio", prune={"W": 0.5})) == {"W": 6, "W#2": 6}
+    np.savez(tmp_path / "masks.npz", **{"W": keep, "W#2": keep > -1})
+    own = compile_model(model, out=tmp_path / "own", masks=tmp_path / "masks.npz")
+    assert zeros(own) == {"W": 4, "W#2": 0}
+
+
+def test_a_name_with_brackets_is_no_pattern(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path, weight: Callable[..., np.ndarray]
+) -> None:
+    model = parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[2,4] x) => (float[2,3] y) { y = MatMul (x, W) }""",
+        W=weight(4, 3),
+    )
+    model.graph.node[0].input[1] = model.graph.initializer[0].name = "layers[0].weight"
+    deployment = compile_model(model, out=tmp_path / "out", prune={"layers[0].weight": 0.5})
+    assert zeros(deployment) == {"layers[0].weight": 6}

@@ -158,13 +158,28 @@ def test_inputs_that_do_not_fit(arrays: dict[str, np.ndarray], message: str, ses
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("offset", [4, 8, 60])
+def test_a_file_with_a_changed_byte(offset: int, session: Any, tmp_path: Path) -> None:
+    """The zip version, the way it is packed, its data: each makes zipfile raise something else."""
+    path = tmp_path / "in.npz"
+    np.savez_compressed(path, x=np.zeros((2, 4), np.float32))
+    damaged = bytearray(path.read_bytes())
+    damaged[offset] ^= 0xFF
+    directory = damaged.find(b"PK\x01\x02") + 2
+    if offset < 10:
+        damaged[directory + offset] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"in.npz: not a readable .npz file"):
+        inputs_from_file(path, session)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"x = 1", b"PK\x03\x04" + b"\0" * 30])
 def test_files_that_are_no_inputs(content: bytes | None, session: Any, tmp_path: Path) -> None:
     path = tmp_path / "in.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"in.npz: not an? (readable )?.npz file"):
+    with pytest.raises(DataError, match=r"in.npz: not a readable .npz file"):
         inputs_from_file(path, session)
     np.save(tmp_path / "array.npy", X)
-    with pytest.raises(DataError, match=r"array.npy: not an .npz file; write one with numpy.savez"):
+    with pytest.raises(DataError, match=r"array.npy: not a readable .npz file: .*; write one with numpy.savez"):
         inputs_from_file(tmp_path / "array.npy", session)
