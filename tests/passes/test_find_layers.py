@@ -161,10 +161,18 @@ def test_float_forms_map(case: str, compile_text: Compile, weight: Weight) -> No
 def test_every_scheme_runs(
     scheme: str, small_model: onnx.ModelProto, tmp_path: Path, discrete_target: Callable[..., Any]
 ) -> None:
-    for number, options in enumerate([{}, {"scale": "tensor"}, {"target": discrete_target(levels=4, slices=3)}]):
+    choices: list[dict[str, Any]] = [
+        {},
+        {"scale": "tensor"},
+        {"target": discrete_target(levels=4, slices=3)},
+        {"target": discrete_target(levels=1024)},
+        {"target": discrete_target(levels=4, slices=2, level_table=(1e-6, 20e-6, 37e-6, 100e-6))},
+    ]
+    for number, options in enumerate(choices):
         deployment = compile_model(small_model, out=tmp_path / str(number), mapping=scheme, **options)
         assert {layer.scheme for layer in deployment.plan.layers} == {scheme}
-        assert onnx.checker.check_model(str(deployment.model_path)) is None
+        assert max(o.relative_error for o in deployment.plan.verification.outputs) < 1e-5
+        onnx.checker.check_model(str(deployment.model_path))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16], ids=["float16", "double", "bfloat16"])
@@ -366,19 +374,28 @@ def test_unknown_domain_around_a_layer_stays(weight: Weight, tmp_path: Path, sma
 
 
 @pytest.mark.parametrize("opset", [7, 9, 13, 17, 21, 24])
-def test_operator_sets(opset: int, compile_text: Compile, weight: Weight) -> None:
+def test_operator_sets(
+    opset: int,
+    model_of: Callable[..., onnx.ModelProto],
+    weight: Weight,
+    discrete_target: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     newest = onnx.defs.onnx_opset_version()
     version = min(opset, newest)
     ir = 3 if version < 9 else 8 if version < 21 else 10
     inputs = "float[2,3,6,6] x, float[4,3,3,3] W, float[64,5] V" if ir == 3 else "float[2,3,6,6] x"
-    deployment = compile_text(
+    model = model_of(
         f"""<ir_version: {ir}, opset_import: ["" : {version}]> g ({inputs}) => (float[2,5] y) {{
             a = Conv (x, W) \n b = Relu (a) \n c = Flatten (b) \n y = MatMul (c, V)
         }}""",
         {"W": weight(4, 3, 3, 3), "V": weight(64, 5)},
     )
+    deployment = compile_model(model, out=tmp_path / "out")
     assert matrices(deployment) == {"W": [1, 4, 27], "V": [1, 5, 64]}
     assert deployment.plan.model.opset == version
+    for target in (discrete_target(slices=2), discrete_target(level_table=(1e-6, 20e-6, 37e-6, 100e-6))):
+        compile_model(model, out=tmp_path / "discrete", target=target)  # level codes: casts, and a table to look up
     assert [i.name for i in onnx.load(deployment.model_path, load_external_data=False).graph.input] == ["x"]
 
 
@@ -705,3 +722,62 @@ def test_quantisation_annotations_of_what_is_left_are_kept(
     deployed = onnx.load(compile_model(model, out=tmp_path / "out").model_path, load_external_data=False)
     assert [note.tensor_name for note in deployed.graph.quantization_annotation] == ["x"]
     assert "s" in [t.name for t in deployed.graph.initializer]
+
+
+def test_weights_of_wide_integers_stay_digital(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"{HEADER} g (int32[2,4] k, float[2,4] x) => (int32[] z, float[] y) {{ z = MatMul (k, V) y = MatMul (x, W) }}",
+        {"V": np.arange(12, dtype=np.int32).reshape(4, 3), "W": weight(4, 3)},
+    )
+    assert list(matrices(deployment)) == ["W"]
+    assert [(o.code, o.reason) for o in deployment.plan.digital] == [("element-type", "weights of type int32")]
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_dynamically_quantised_model(
+    discrete: bool, compile_text: Compile, weight: Weight, discrete_target: Callable[..., Any]
+) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[N,6] x) => (float[N,5] y) <float ws = {{0.02}}, uint8 wz = {{117}}> {{
+            q, xs, xz = DynamicQuantizeLinear (x)
+            sum = MatMulInteger (q, W, xz, wz)
+            real = Cast <to=1> (sum)
+            scale = Mul (xs, ws)
+            y = Mul (real, scale)
+        }}""",
+        {"W": weight(6, 5, dtype=np.uint8)},
+        **({"target": discrete_target(levels=16, slices=2)} if discrete else {}),
+    )
+    assert matrices(deployment) == {"W": [1, 5, 6]}
+    assert [o.relative_error for o in deployment.plan.verification.layers] == [0.0]
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_statically_quantised_model(
+    discrete: bool, compile_text: Compile, weight: Weight, discrete_target: Callable[..., Any]
+) -> None:
+    """What ONNX Runtime's quantiser writes: quantisers around a Conv whose weights and bias are dequantised."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[N,3,6,6] x) => (float[N,4,4,4] y)
+        <float xs = {{0.02}}, uint8 xz = {{128}}, float ys = {{0.3}}, uint8 yz = {{120}}> {{
+            q = QuantizeLinear (x, xs, xz)
+            d = DequantizeLinear (q, xs, xz)
+            w = DequantizeLinear <axis=0> (W, ws, wz)
+            b = DequantizeLinear <axis=0> (B, bs, bz)
+            c = Conv (d, w, b)
+            r = Relu (c)
+            p = QuantizeLinear (r, ys, yz)
+            y = DequantizeLinear (p, ys, yz)
+        }}""",
+        {
+            "W": weight(4, 3, 3, 3, dtype=np.int8),
+            "ws": np.linspace(0.01, 0.04, 4, dtype=np.float32),
+            "wz": np.zeros(4, np.int8),
+            "B": np.arange(4, dtype=np.int32) * 500,
+            "bs": np.linspace(0.0002, 0.0008, 4, dtype=np.float32),
+            "bz": np.zeros(4, np.int32),
+        },
+        **({"target": discrete_target(levels=16, slices=2)} if discrete else {}),
+    )
+    assert matrices(deployment) == {"W": [1, 4, 27]}
+    assert deployment.plan.layers[0].constant_chain == ["DequantizeLinear_w"]
