@@ -7,6 +7,7 @@ external ones are memory-mapped from the model's own folder, and from nowhere el
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import mmap
 from collections.abc import Iterator
@@ -126,6 +127,7 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
         found = _read(Path(model))
     if not found.proto.graph.node:
         raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
+    _check_names(found)
     _check_tensors(found)
     _check_graph(found)
     if found.opset < OLDEST_OPSET:
@@ -238,6 +240,29 @@ def _byte_size(tensor: onnx.TensorProto) -> int:
 
 
 _PACKED_BITS = {getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)}
+
+
+def _check_names(model: ModelFile) -> None:
+    """Refuse names that are no text, and weights that hide a tensor around their graph: ONNX's checker sees neither."""
+    for graph in iter_graphs(model.proto.graph):
+        nodes = ((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
+        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
+        for name in (*values, *itertools.chain.from_iterable(nodes)):
+            if isinstance(name, bytes):  # how protobuf gives what it cannot decode
+                raise ModelError(f"{model.name}: name {name!r} is not UTF-8 text; the file is damaged")
+    _check_hidden(model, model.proto.graph, frozenset())
+
+
+def _check_hidden(model: ModelFile, graph: onnx.GraphProto, around: frozenset[str]) -> None:
+    names = {tensor.name for tensor in graph.initializer}
+    if hidden := names & around:
+        raise ModelError(
+            f"{model.name}: initializer '{min(hidden)}' of graph '{graph.name}' has the name of a tensor around that "
+            f"graph, expected one of its own; rename it"
+        )
+    visible = around.union(names, (value.name for value in graph.input), (o for n in graph.node for o in n.output))
+    for inner in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        _check_hidden(model, inner, visible)
 
 
 def _check_tensors(model: ModelFile) -> None:

@@ -272,3 +272,22 @@ def test_metadata_are_kept(small_model: onnx.ModelProto, tmp_path: Path) -> None
     assert found.graph.doc_string == "the graph"
     assert [v.SerializeToString() for v in found.graph.input] == [v.SerializeToString() for v in model.graph.input]
     assert [v.SerializeToString() for v in found.graph.output] == [v.SerializeToString() for v in model.graph.output]
+
+
+@pytest.mark.parametrize("name", [b"conv_weight", b"features"])
+def test_a_name_that_is_no_text(name: bytes, small_model_file: Path) -> None:
+    damaged = small_model_file.read_bytes().replace(name, b"\xff" + name[1:])
+    small_model_file.write_bytes(damaged)
+    assert "is not UTF-8 text; the file is damaged" in refusal(small_model_file)
+
+
+def test_a_weight_that_hides_another() -> None:
+    """ONNX forbids it and its checker does not look: which of the two a node reads would be anybody's guess."""
+    model = onnx.parser.parse_model(
+        f"""{HEADER} g (float[2,2] x, bool c) => (float[2,2] y) <float[2,2] W = {{1,2,3,4}}> {{
+            p = MatMul (x, W)
+            y = If (c) <then_branch = t () => (float[2,2] a) <float[2,2] W = {{5,6,7,8}}> {{ a = MatMul (p, W) }},
+                        else_branch = e () => (float[2,2] b) {{ b = MatMul (p, W) }}> }}"""
+    )
+    onnx.checker.check_model(model)
+    assert "initializer 'W' of graph 't' has the name of a tensor around that graph" in refusal(model)
