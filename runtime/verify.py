@@ -185,8 +185,8 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
     """Open the user's own model, with masks applied where there are any, as converted where it was too old to run."""
     model = unit.model
-    if model.path is not None and not unit.masks and model.converted_from_opset is None:
-        return open_session(model.path)
+    if not unit.masks and model.converted_from_opset is None:  # the model itself, not what we make of it
+        return open_session(model.path if model.path is not None else model.proto.SerializeToString())
     return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
