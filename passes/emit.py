@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from rerampile.layer import Layer
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import FileRecord
 from rerampile.planning import plan_of
+from rerampile.schemes import Coding, row_chunks
 from rerampile.tensor_file import TensorWriter
 from rerampile.unit import Unit
 
@@ -63,18 +65,32 @@ def _write_conductances(unit: Unit) -> tuple[TensorWriter, dict[str, float]]:
             if kind == "gain":
                 writer.write(name, mapped.gain)
                 continue
-            cells = mapped.coding.encode(unit.weights(layer), mapped.gain)
-            means[layer.name] = _mean_conductance(unit, layer, cells)
-            writer.write(name, cells)
+            means[layer.name] = _write_cells(unit, layer, writer, name)
     return writer, means
 
 
-def _mean_conductance(unit: Unit, layer: Layer, cells: npt.NDArray[Any]) -> float:
-    coding = unit.mapped[layer.name].coding
+def _write_cells(unit: Unit, layer: Layer, writer: TensorWriter, name: str) -> float:
+    """Encode and write one layer's cells, some outputs at a time; return the mean conductance of a cell."""
+    coding, gain = unit.mapped[layer.name].coding, unit.mapped[layer.name].gain
+    weights, sums = unit.weight_rows(layer), []
+
+    def blocks() -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        for rows in row_chunks(layer.view.shape):
+            cells = coding.encode(weights(rows), gain[rows])
+            sums.append(_total_conductance(coding, cells))
+            yield rows, cells
+
+    writer.write_rows(name, blocks())
+    return math.fsum(sums) / (math.prod(layer.view.shape) * coding.cells * coding.slices)
+
+
+def _total_conductance(coding: Coding, cells: npt.NDArray[Any]) -> float:
     if coding.levels is None:
-        return float(cells.mean(dtype=np.float32 if cells.size < 1 << 24 else np.float64))
-    counts = np.bincount(cells.reshape(-1), minlength=coding.levels)
-    return float(counts @ coding.conductance(np.arange(coding.levels)).astype(np.float64) / cells.size)
+        return float(cells.sum(dtype=np.float32))
+    if coding.level_table is not None:
+        return float(np.bincount(cells.reshape(-1), minlength=coding.levels) @ np.array(coding.level_table))
+    step = (coding.g_on - coding.g_off) / (coding.levels - 1)
+    return cells.size * coding.g_off + int(cells.sum(dtype=np.uint64)) * step
 
 
 def _write_masks(unit: Unit) -> None:

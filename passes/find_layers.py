@@ -11,7 +11,8 @@ from onnx import TensorProto
 
 from rerampile.errors import ModelError, UnsupportedModelError
 from rerampile.graph import STANDARD_DOMAINS, GraphNode, ModelGraph, Tensor
-from rerampile.layer import DigitalOperation, Layer, MatrixView
+from rerampile.layer import DigitalOperation, Layer
+from rerampile.matrix_view import MatrixView
 from rerampile.passes.fold import fold_neighbours
 from rerampile.unit import Unit
 
@@ -107,9 +108,7 @@ class FindLayers:
                 f"{unit.model.name}: nothing maps to a crossbar, expected at least one of {', '.join(SLOTS)} with "
                 f"constant weights; found {'; '.join(reasons[:8])}"
             )
-        folded = fold_neighbours(unit.graph, layers)
-        gone = {id(fold.node) for layer in folded for fold in layer.folds}
-        return replace(unit, layers=tuple(folded), digital=tuple(op for op in digital if id(op.node) not in gone))
+        return replace(unit, layers=tuple(layers), digital=tuple(digital))
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return how many layers were found, folded and left digital."""
@@ -127,7 +126,11 @@ def _refuse_unknown_domains(unit: Unit) -> None:
 
 
 def find_layers(graph: ModelGraph) -> tuple[list[Layer], list[DigitalOperation]]:
-    """Return every layer of a model in graph order, and every other node with the reason why it stays digital."""
+    """Return every layer of a model in graph order, neighbours folded in, and each digital node with its reason.
+
+    A node is neither where the deployed model no longer has it: because it was folded, or because only layers read the
+    constant that it computes.
+    """
     found: dict[tuple[object, ...], Layer] = {}
     digital: list[DigitalOperation] = []
     for node in graph.nodes:
@@ -140,7 +143,26 @@ def find_layers(graph: ModelGraph) -> tuple[list[Layer], list[DigitalOperation]]
                 found[key] = layer
         if why is not None:
             digital.append(DigitalOperation(node=node, code=why[0], reason=why[1]))
-    return _with_unique_names(found.values()), digital
+    folded = fold_neighbours(graph, _with_unique_names(found.values()))
+    gone = _gone(graph, folded)
+    return folded, [operation for operation in digital if id(operation.node) not in gone]
+
+
+def _gone(graph: ModelGraph, layers: Sequence[Layer]) -> set[int]:
+    """Return which nodes (by identity) were folded, or compute what nobody but layers and folded nodes reads."""
+    gone = {id(fold.node) for layer in layers for fold in layer.folds}
+    uses = {(id(node), slot) for layer in layers for node, slot in layer.uses}
+    folded = [t for layer in layers for fold in layer.folds for t in fold.node.view.inputs if graph.is_constant(t)]
+
+    def unread(tensor: Tensor) -> bool:
+        readers = [(node, slot) for node in graph.consumers(tensor) for slot in node.slots(tensor)]
+        return not graph.is_output(tensor) and all(id(n) in gone or (id(n), s) in uses for n, s in readers)
+
+    for tensor in [*(layer.tensor for layer in layers), *folded]:
+        for node in reversed(graph.chain(tensor)):
+            if all(unread(output) for output in node.view.outputs):
+                gone.add(id(node))
+    return gone
 
 
 def _layers_of(graph: ModelGraph, node: GraphNode) -> tuple[list[tuple[Layer, int]], tuple[str, str] | None]:
@@ -197,16 +219,18 @@ def _with_zero_point(graph: ModelGraph, layer: Layer, node: GraphNode, slot: _Sl
         return layer
     if not graph.is_constant(zero_point):
         return "computed-weights", "the zero point of the weights is computed while the model runs"
-    count = graph.read(zero_point).size
-    rank = len(layer.view.tensor_shape)
-    shape = [1] * rank
-    if count > 1:
-        shape[slot.zero_point_axis] = count
-    return replace(layer, zero_point=zero_point, zero_point_shape=tuple(shape))
+    shape, weights = graph.read(zero_point).shape, layer.view.tensor_shape
+    if len(shape) == 1 and len(weights) > 1:
+        along = [1] * len(weights)
+        along[slot.zero_point_axis] = shape[0]
+        shape = tuple(along)
+    if len(shape) > len(weights) or any(n not in (1, m) for n, m in zip(shape[::-1], weights[::-1], strict=False)):
+        return "zero-point", f"a zero point of shape {list(shape)} for weights of shape {list(weights)}"
+    return replace(layer, zero_point=zero_point, zero_point_shape=shape)
 
 
 def _with_unique_names(layers: Iterable[Layer]) -> list[Layer]:
-    used: set[str] = set()
+    used = {"__metadata__"}  # a word of the safetensors format, in which masks are named by layer
     named: list[Layer] = []
     for layer in layers:
         name, number = layer.name, 1

@@ -109,7 +109,7 @@ def _foldable(layer: Layer) -> bool:
         and layer.element_type in _FLOATS
         and node.op in _FOLDABLE
         and slot == _WEIGHT_SLOT
-        and (layer.view.groups == 1 or node.op != "MatMul")
+        and (node.op != "MatMul" or (layer.view.groups == 1 and len(layer.view.tensor_shape) > 1))
     )
 
 
@@ -216,7 +216,8 @@ def _layout(tensor: Tensor, layer: Layer) -> tuple[int, int]:
     if op == "Gemm":
         return 2, 1
     if op == "MatMul":
-        return (len(tensor.shape) if tensor.shape is not None else 1), 1
+        vector = len(layer.view.tensor_shape) == 1  # of two vectors the product is a scalar
+        return (len(tensor.shape) if tensor.shape is not None else 1 - vector), 1
     rank = len(layer.view.tensor_shape)
     return rank, rank - 1
 

@@ -7,7 +7,6 @@ channels, named by that number (``64``, ``128``, ...).
 from __future__ import annotations
 
 import fnmatch
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 
 from rerampile.errors import ConfigError, did_you_mean
 from rerampile.layer import Layer
+from rerampile.npz_file import read_npz
+from rerampile.tensor_file import TensorFile, stores
 from rerampile.unit import Mask, Unit
 
 __all__ = ["Prune", "magnitude_mask"]
@@ -79,7 +79,8 @@ def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, fl
     ratios: dict[str, float] = {}
     for key, ratio in asked.items():
         if not 0 <= ratio < 1:
-            raise ConfigError(f"--prune {key}={ratio:g}: expected a ratio of 0 or more and less than 1")
+            asked_for = f"{ratio:g}" if key == "*" else f"{key}={ratio:g}"
+            raise ConfigError(f"--prune {asked_for}: expected a ratio of 0 or more and less than 1")
         hit = [layer for layer in layers if key == layer.block or _matches(key, layer)]
         if not hit:
             known = {layer.block for layer in layers} | {layer.name for layer in layers}
@@ -92,7 +93,7 @@ def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, fl
 
 
 def _matches(pattern: str, layer: Layer) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in _names(layer))
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in _names(layer))
 
 
 def _names(layer: Layer) -> list[str]:
@@ -102,63 +103,50 @@ def _names(layer: Layer) -> list[str]:
 
 
 def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
-    """Read the masks of a file, each matched with its layer by name and checked.
+    """Read the masks of a file, each matched with its layers by name and checked.
+
+    An initializer that is read in two ways is two layers: a mask under its name goes for both, but where the file has
+    one under the layer's own name.
 
     Raises:
         ConfigError: The file is unreadable, or a mask has an unknown name, a wrong shape or values other than 0 and 1.
     """
-    by_name: dict[str, Layer] = {}
+    by_name: dict[str, list[Layer]] = {}
     for layer in layers:
         for name in _names(layer):
-            by_name.setdefault(name, layer)
+            by_name.setdefault(name, []).append(layer)
     masks: dict[str, Mask] = {}
+    found: dict[str, str] = {}
     largest = max((layer.view.shape[0] * layer.view.shape[1] for layer in layers), default=0)
     for key, values in _read_arrays(path, largest):
-        owner = by_name.get(key)
-        if owner is None:
+        if key not in by_name:
             raise ConfigError(f"{path}: mask '{key}': no layer or initializer of that name{did_you_mean(key, by_name)}")
-        if values.shape != owner.view.tensor_shape:
-            raise ConfigError(
-                f"{path}: mask '{key}': shape {list(values.shape)}, expected {list(owner.view.tensor_shape)}, "
-                f"the shape of its weights"
-            )
-        if not np.isin(values, (0, 1)).all():
+        if not stores(values.dtype) or not ((values == 0) | (values == 1)).all():
             raise ConfigError(f"{path}: mask '{key}': values other than 0 and 1, expected 1 to keep and 0 to prune")
-        if owner.name in masks:
-            raise ConfigError(f"{path}: mask '{key}': layer '{owner.name}' has a mask already; keep one of the two")
-        masks[owner.name] = Mask(kept=owner.view.matrix(values.astype(np.bool_)), source=path.name)
+        for owner in by_name[key]:
+            if values.shape != owner.view.tensor_shape:
+                raise ConfigError(
+                    f"{path}: mask '{key}': shape {list(values.shape)}, expected {list(owner.view.tensor_shape)}, "
+                    f"the shape of its weights"
+                )
+            earlier = found.get(owner.name, key)
+            if earlier != key and len(by_name[earlier]) == len(by_name[key]):
+                raise ConfigError(f"{path}: mask '{key}': layer '{owner.name}' has a mask already; keep one of the two")
+            if len(by_name[earlier]) >= len(by_name[key]):
+                masks[owner.name] = Mask(kept=owner.view.matrix(values.astype(np.bool_)), source=path.name)
+                found[owner.name] = key
     return masks
 
 
 def _read_arrays(path: Path, largest: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield the arrays of an .npz or .safetensors file; no pickle, and nothing larger than the largest layer."""
+    """Yield the arrays of an .npz or .safetensors file; nothing of an .npz that is larger than the largest layer."""
     try:
         if path.suffix == ".npz":
-            yield from _read_npz(path, largest)
+            yield from read_npz(path, largest)
         elif path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield key, file.get_tensor(key)
+            file = TensorFile(path)
+            yield from ((key, file.read(key)) for key in file.specs)
         else:
-            raise ConfigError(f"{path}: masks file with ending '{path.suffix}', expected .npz or .safetensors")
-    except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not a readable masks file: {' '.join(str(error).split())[:200]}") from error
-
-
-def _read_npz(path: Path, largest: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-            if dtype.hasobject or np.prod(shape, dtype=np.float64) > largest:
-                raise ConfigError(
-                    f"{path}: mask '{member.filename.removesuffix('.npy')}': shape {list(shape)} of type {dtype}, "
-                    f"expected numbers of at most {largest} elements, the largest layer"
-                )
-    with np.load(path, allow_pickle=False) as arrays:
-        for key in arrays.files:
-            yield key, arrays[key]
+            raise ValueError(f"ending '{path.suffix}', expected .npz or .safetensors")
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a readable masks file: {error}") from error

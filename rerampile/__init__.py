@@ -7,8 +7,8 @@ Names are loaded when they are first used, so that importing the package costs n
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rerampile.compiler import PASSES, compile_model
@@ -64,10 +64,12 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'rerampile' has no attribute '{name}'")
-    return getattr(import_module(f"rerampile.{_HOMES.get(name, 'errors')}"), name)
+    home = _import_module(f"rerampile.{_HOMES.get(name, 'errors')}")
+    attribute: object = getattr(home, name)
+    return attribute
 
 
 def __dir__() -> list[str]:

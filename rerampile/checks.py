@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import reprlib
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment, layer_coding, partition_blocks
-from rerampile.errors import PlanFormatError
+from rerampile.deployment import Deployment, footprint, layer_coding
+from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
+from rerampile.schemes import Coding, row_chunks
 
-__all__ = ["check_checksums", "check_placement", "decode_layer", "weights_sha256"]
+__all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
 Flags = npt.NDArray[np.uint8]
+
+_PAGES_HELD = 1 << 26  # bytes of the conductance file that decoding keeps in memory
 
 
 def check_checksums(deployment: Deployment) -> None:
@@ -40,7 +44,10 @@ def check_placement(deployment: Deployment) -> None:
         PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
     """
     plan = deployment.plan
+    for layer in plan.layers:
+        deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
     covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.uint8) for layer in plan.layers]
+    addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
         if array.id != number or not array.partitions:
@@ -50,6 +57,7 @@ def check_placement(deployment: Deployment) -> None:
         for partition in array.partitions:
             if not 0 <= partition.layer < len(plan.layers):
                 raise PlanFormatError(f"{where}: layer {partition.layer}, expected 0 to {len(plan.layers) - 1}")
+        _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
         if array.roles[0] == "plus":
@@ -88,8 +96,21 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
         raise PlanFormatError(f"{where}: expected either '{axis}s' or '{axis}_index'")
     first, last = (span[0], span[1] - 1) if span is not None else (min(listed, default=0), max(listed, default=-1))
     if not 0 <= first <= last < size:
-        raise PlanFormatError(f"{where}: {axis}s {span or listed}, expected some of 0 to {size - 1}")
+        raise PlanFormatError(
+            f"{where}: {axis}s {reprlib.repr(list(span or listed))}, expected some of 0 to {size - 1}"
+        )
     return slice(*span) if span is not None else np.array(listed, np.int64)
+
+
+def _check_address(deployment: Deployment, array: ArrayPlan, where: str, taken: set[int]) -> None:
+    """Check that an array exists on the target and is no other array of the plan; note that it is taken."""
+    try:
+        index = deployment.target.index((array.chip, array.tile, array.core, array.array))
+    except CapacityError as error:
+        raise PlanFormatError(f"{where}: {error}") from error
+    if index in taken:
+        raise PlanFormatError(f"{where}: has the address of an earlier array, expected one of its own")
+    taken.add(index)
 
 
 def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
@@ -105,7 +126,8 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
         if twin.partitions != array.partitions or twin.twin != array.id or len(twin.roles) != 1:
             raise PlanFormatError(f"{where}: differs from its twin, array {array.twin}")
         roles = sorted([*array.roles, *twin.roles], reverse=True)
-    if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or slices != {len(array.slices)}:
+    whole = slices == {len(array.slices)} and sorted(array.slices) == list(range(len(array.slices)))
+    if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or not whole:
         raise PlanFormatError(
             f"{where}: roles {roles} and slices {array.slices}, expected every cell of its layers' weights"
         )
@@ -113,10 +135,7 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
 
 def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
     width = len(array.roles) * len(array.slices)
-    spans: list[tuple[slice, slice]] = []
-    for partition in array.partitions:
-        blocks = [(rows, columns) for _, rows, columns in partition_blocks(partition, width)]
-        spans.append((_join([rows for rows, _ in blocks]), _join([columns for _, columns in blocks])))
+    spans = [footprint(partition, width) for partition in array.partitions]
     for axis, size, what in ((0, deployment.target.rows, "row"), (1, deployment.target.columns, "column")):
         ordered = sorted((span[axis].start, span[axis].stop) for span in spans)
         if ordered[0][0] < 0 or ordered[-1][1] > size:
@@ -125,27 +144,53 @@ def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
             raise PlanFormatError(f"{where}: two partitions share a {what}")
 
 
-def _join(spans: list[slice]) -> slice:
-    return slice(spans[0].start, spans[-1].stop) if spans else slice(0, 0)
+def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Rebuild a layer's weights from cells that are checked to be possible ones, some rows at a time.
 
-
-def decode_layer(deployment: Deployment, layer: LayerPlan) -> npt.NDArray[np.float32]:
-    """Rebuild a layer's weights, float32 [groups * outputs, inputs], from cells that are checked to be possible ones.
+    Yields:
+        A range of rows of [groups * outputs, inputs] and its weights, float32.
 
     Raises:
-        PlanFormatError: A cell is outside the range or the levels of the target.
+        PlanFormatError: A cell is outside the range or the levels of the target, or the plan tells other readers
+            something else of the cells than its scheme and target mean.
     """
     coding = layer_coding(deployment.target, layer)
-    cells = deployment.cells(layer)
+    _check_coding(deployment, layer, coding)
+    cells, gain = deployment.cells(layer), deployment.gain(layer)
     low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
-    if not (cells.min() >= low and cells.max() <= high):
-        raise PlanFormatError(
-            f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {cells.min()} to {cells.max()}, "
-            f"expected {low:g} to {high:g}"
-        )
-    return coding.decode(cells, deployment.gain(layer))
+    read = 0
+    for rows in row_chunks(cells.shape[2:]):
+        part = cells[:, :, rows]
+        if not (part.min() >= low and part.max() <= high):
+            raise PlanFormatError(
+                f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {part.min()} to {part.max()}, "
+                f"expected {low:g} to {high:g}"
+            )
+        yield rows, coding.decode(part, gain[rows])
+        read += part.nbytes
+        if read > _PAGES_HELD:
+            deployment.conductances.drop_pages()
+            read = 0
+    deployment.conductances.drop_pages()
 
 
-def weights_sha256(weights: npt.NDArray[np.float32]) -> str:
-    """Return the sha256 of decoded weights: of their bytes in row order, little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(weights, "<f4").view(np.uint8).data).hexdigest()
+def weight_bytes(weights: npt.NDArray[np.float32]) -> memoryview:
+    """Return the bytes of decoded weights that plans hash: in row order, little-endian float32."""
+    return np.ascontiguousarray(weights, "<f4").view(np.uint8).data
+
+
+def _check_coding(deployment: Deployment, layer: LayerPlan, coding: Coding) -> None:
+    """Check what a plan spells out for readers that do not know the schemes."""
+    meant = {
+        "cells": coding.cells,
+        "unit": coding.unit,
+        "significances": list(coding.significances),
+        "reference": coding.reference if coding.cells == 1 else None,
+        "zero_cells": coding.zero_cells.tolist(),
+    }
+    for field, value in meant.items():
+        if getattr(layer, field) != value:
+            raise PlanFormatError(
+                f"{deployment.folder}: layer '{layer.name}': {field} {getattr(layer, field)}, expected {value}, "
+                f"as scheme {layer.scheme} and the target mean it; the plan was changed"
+            )

@@ -131,6 +131,17 @@ class _Progress:
 # Options.
 
 
+class _NearChoice(click.Choice[str]):
+    """A choice that names the near ones where the word is unknown."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            from rerampile.errors import did_you_mean
+
+            self.fail(f"'{value}' is not one of them{did_you_mean(str(value), self.choices)}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:
     """Read ``0.6``, or ``64=0.2,128=0.4``: one pruning ratio, or one for each name."""
     if value is None:
@@ -138,8 +149,8 @@ def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float |
     try:
         if "=" not in value:
             return float(value)
-        parts = [part.rpartition("=") for part in value.split(",")]
-        return {name.strip(): float(ratio) for name, _, ratio in parts}
+        parts = [part.rsplit("=", 1) for part in value.split(",")]
+        return {name.strip(): float(ratio) for name, ratio in parts}
     except ValueError:
         raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
 
@@ -224,7 +235,7 @@ def main() -> None:
 )
 @click.option(
     "--mapping",
-    type=click.Choice(_SCHEMES),
+    type=_NearChoice(_SCHEMES),
     help="How a weight becomes cells.  [default: the target's]",
 )
 @click.option(
@@ -335,15 +346,11 @@ def inspect(model: Path, verbose: bool, as_json: bool) -> None:
     from rerampile.graph import ModelGraph
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
-    from rerampile.passes.fold import fold_neighbours
     from rerampile.show import console, model_data, show_model
 
     loaded = load_model_file(model)
     graph = ModelGraph(loaded)
     layers, digital = find_layers(graph)
-    layers = fold_neighbours(graph, layers)
-    folded = {id(fold.node) for layer in layers for fold in layer.folds}
-    digital = [operation for operation in digital if id(operation.node) not in folded]
     data = model_data(loaded, graph, [layer.block for layer in layers], layers, digital)
     if as_json:
         _print_json(data)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,11 @@ import onnx
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError, did_you_mean
-from rerampile.files import PLAN
+from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
+from rerampile.plan import read_plan
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import SCHEMES, Scheme
 from rerampile.target import Target
@@ -114,7 +115,7 @@ def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) 
     """Write what a pass produced, as readable JSON, into ``stages/``."""
     from rerampile.stages import stage_record
 
-    folder = unit.folder / "stages"
+    folder = unit.folder / STAGES
     folder.mkdir(exist_ok=True)
     record = {"pass": name, "summary": dict(summary), **stage_record(unit)}
     (folder / f"{number}-{name.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
@@ -127,34 +128,55 @@ def _written_whole(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` holds something else than a deployment, or cannot be written.
     """
+    out = out.resolve() if out.is_symlink() else out
     _check_replaceable(out)
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield folder
-        _move_into_place(folder, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+        try:
+            yield folder
+            _move_into_place(folder, out)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or out}: {error.strerror or error}; '{out}' was not written, and nothing was left "
+                f"behind"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # only an empty folder goes, so none with a deployment in it
+                parent.rmdir()
 
 
 def _check_replaceable(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            load_deployment(out)
-        except RerampileError as error:
-            if not _looks_like_plan(out / PLAN):
-                raise ConfigError(
-                    f"{out}: holds something else than a deployment, expected a new or empty folder; "
-                    f"name another one with -o, or empty it"
-                ) from error
-    elif out.exists() and not out.is_dir():
+    """Refuse to write over anything but nothing, an empty folder, or a deployment with no files of the user's in it."""
+    if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: a file, expected a folder to write the deployment into; name another one with -o")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ConfigError(f"{out}: the current folder or one around it, expected one inside it; name it with -o")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        files = set(read_plan(out / PLAN).files)
+    except RerampileError as error:
+        if not _looks_like_plan(out / PLAN):
+            raise ConfigError(
+                f"{out}: holds something else than a deployment, expected a new or empty folder; "
+                f"name another one with -o, or empty it"
+            ) from error
+        files = {CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, REFERENCE}
+    others = sorted(entry.name for entry in out.iterdir() if entry.name not in {PLAN, STAGES, *files})
+    if others:
+        raise ConfigError(
+            f"{out}: holds '{others[0]}' beside an earlier deployment, which would be lost; "
+            f"move it away, or name another folder with -o"
+        )
 
 
 def _looks_like_plan(path: Path) -> bool:

@@ -27,6 +27,7 @@ DOMAIN = "ai.rerampile"
 DOMAIN_VERSION = 1
 
 _FLOAT = TensorProto.FLOAT
+_ROUNDED_BY_ONNX_RUNTIME = ("Conv", "ConvTranspose", "Gemm")
 _INTEGER_CONSTANTS_OPSET = 9  # before it, Constant holds floating point numbers only
 
 
@@ -66,9 +67,8 @@ class _Body:
         self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
         return output
 
-    def constant(self, value: float, output: str) -> str:
-        tensor = numpy_helper.from_array(np.array(value, np.float32))
-        return self.op("Constant", [], output, value=tensor)
+    def constant(self, value: float, output: str, element_type: int = _FLOAT) -> str:
+        return self.op("Constant", [], output, value=helper.make_tensor(output, element_type, [], [value]))
 
     def shape(self, name: str, shape: Sequence[int]) -> str:
         """Return a tensor that holds a shape, which the caller passes as attribute ``name``."""
@@ -87,9 +87,13 @@ class FunctionLibrary:
 
     Args:
         opset_imports: What the model imports; bodies are written in its own standard operator set.
+        quantised: Whether activations pass through QuantizeLinear. Between DequantizeLinear and QuantizeLinear, ONNX
+            Runtime rounds constant float weights to 8 bits of its own accord, and so would what the cells hold; a
+            maximum with minus infinity behind the operator keeps it from that.
     """
 
-    def __init__(self, opset_imports: Sequence[onnx.OperatorSetIdProto]) -> None:
+    def __init__(self, opset_imports: Sequence[onnx.OperatorSetIdProto], quantised: bool) -> None:
+        self._quantised = quantised
         self._opset_imports = [helper.make_opsetid("", o.version) for o in opset_imports if o.domain in ("", "ai.onnx")]
         self._functions: dict[bytes, FunctionProto] = {}
         self._names: dict[str, int] = {}
@@ -130,7 +134,12 @@ class FunctionLibrary:
             formals[2] = body.formal("bias")
             actual.append(bias)
         results = [f"y{i}" if name else "" for i, name in enumerate(node.proto.output)]
-        _BODIES.get(node.op, _plain)(body, node, formals, results)
+        if self._quantised and node.op in _ROUNDED_BY_ONNX_RUNTIME:
+            _BODIES.get(node.op, _plain)(body, node, formals, ["unrounded"])
+            element_type = next(iter(weights.values())).layer.element_type
+            body.op("Max", ["unrounded", body.constant(-np.inf, "lowest", element_type)], results[0])
+        else:
+            _BODIES.get(node.op, _plain)(body, node, formals, results)
         function = self._register(node, body, [r for r in results if r])
         call = NodeProto(op_type=function.name, domain=DOMAIN, name=node.name, doc_string=node.proto.doc_string)
         call.input.extend(actual)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rerampile.crossbar_functions import DOMAIN, DOMAIN_VERSION, CellInputs, FunctionLibrary
 from rerampile.files import CONDUCTANCES, DIGITAL
 from rerampile.graph import GraphNode
-from rerampile.graph_edit import rewrite_graph
+from rerampile.graph_edit import UnusedNames, rewrite_graph
 from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without, external_tensor, iter_graphs
 from rerampile.tensor_file import TensorSpec, TensorWriter, stores
@@ -71,8 +71,9 @@ class _Edit:
 
     @classmethod
     def of(cls, unit: Unit, specs: Mapping[str, TensorSpec]) -> _Edit:
-        edit = cls({}, set(), [], set(), FunctionLibrary(unit.model.proto.opset_import))
-        names = _Names(unit.model.proto)
+        quantised = any(node.op == "QuantizeLinear" for node in unit.graph.nodes)
+        edit = cls({}, set(), [], set(), FunctionLibrary(unit.model.proto.opset_import, quantised))
+        names = UnusedNames(unit.model.proto)
         nodes: dict[int, tuple[GraphNode, dict[int, CellInputs]]] = {}
         for layer in unit.layers:
             cells = _cell_inputs(unit, layer, names, specs, edit.initializers)
@@ -98,30 +99,8 @@ class _Edit:
         return None if id(node) in self.gone else self.calls.get(id(node), node)
 
 
-class _Names:
-    """Names that no tensor of a model has yet."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self._used = {
-            name
-            for graph in iter_graphs(proto.graph)
-            for names in (
-                (v.name for v in graph.input),
-                (t.name for t in graph.initializer),
-                (o for n in graph.node for o in n.output),
-            )
-            for name in names
-        }
-
-    def new(self, name: str) -> str:
-        while name in self._used:
-            name += "_"
-        self._used.add(name)
-        return name
-
-
 def _cell_inputs(
-    unit: Unit, layer: Layer, names: _Names, specs: Mapping[str, TensorSpec], initializers: list[TensorProto]
+    unit: Unit, layer: Layer, names: UnusedNames, specs: Mapping[str, TensorSpec], initializers: list[TensorProto]
 ) -> CellInputs:
     """Make the initializers of one layer, each a window into the conductance file."""
     coding = unit.mapped[layer.name].coding

@@ -77,6 +77,10 @@ class Deployment:
                 f"{self.conductances.path}: tensor '{layer.gain_tensor}': {gain.dtype} {list(gain.shape)}, "
                 f"expected float32 [{layer.groups * layer.outputs}]"
             )
+        if not np.isfinite(gain).all():
+            raise PlanFormatError(
+                f"{self.conductances.path}: tensor '{layer.gain_tensor}' holds what is no finite number"
+            )
         return gain
 
     def weights(self, layer: LayerPlan) -> npt.NDArray[np.float32]:
@@ -104,7 +108,7 @@ class Deployment:
         spare = coding.dtype.type(coding.low if coding.levels is None else 0)
         picture = np.full((self.target.rows, self.target.columns), spare, coding.dtype)
         zero = np.array([coding.zero_cells[k, _cell(role)] for k in array.slices for role in array.roles])
-        spans = [(p, *_footprint(p, len(zero))) for p in array.partitions]
+        spans = [(p, *footprint(p, len(zero))) for p in array.partitions]
         for p, rows, _ in spans:
             for q, _, others in spans:
                 if p.layer == q.layer:
@@ -138,7 +142,7 @@ def partition_blocks(partition: Partition, width: int) -> Iterator[tuple[int, sl
         yield group, slice(row, row + height), slice(column, column + breadth)
 
 
-def _footprint(partition: Partition, width: int) -> tuple[slice, slice]:
+def footprint(partition: Partition, width: int) -> tuple[slice, slice]:
     """Return all rows and all columns that a partition spans."""
     groups = partition.groups[1] - partition.groups[0]
     height, breadth = groups * partition.input_count, groups * partition.output_count * width
@@ -186,5 +190,8 @@ def load_deployment(folder: str | os.PathLike[str]) -> Deployment:
             raise PlanFormatError(
                 f"{file}: {file.stat().st_size} bytes, expected {record.bytes}; it was truncated or changed"
             )
-    target = Target.from_dict(plan.target, where=f"{path / PLAN}: $.target")
+    try:
+        target = Target.from_dict(plan.target, where=f"{path / PLAN}: $.target")
+    except ConfigError as error:
+        raise PlanFormatError(str(error)) from error
     return Deployment(folder=path, plan=plan, target=target, conductances=TensorFile(path / CONDUCTANCES))

@@ -24,6 +24,8 @@ __all__ = [
     "did_you_mean",
 ]
 
+_LISTED = 20  # words that a message lists
+
 
 class RerampileError(Exception):
     """A user can cause it and mend it."""
@@ -62,7 +64,10 @@ class InternalError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean a, b?)"``, or the whole list of known words where none is near."""
+    """Return ``" (did you mean a, b?)"``, or the first known words where none is near."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    return f" (did you mean {', '.join(near)}?)" if near else f" (known: {', '.join(words) or 'none'})"
+    if near:
+        return f" (did you mean {', '.join(near)}?)"
+    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
+    return f" (known: {', '.join(words[:_LISTED]) or 'none'}{more})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CONDUCTANCES", "DEPLOYED", "DIGITAL", "MASKS", "PLAN", "REFERENCE"]
+__all__ = ["CONDUCTANCES", "DEPLOYED", "DIGITAL", "MASKS", "PLAN", "REFERENCE", "STAGES"]
 
 PLAN = "plan.json"
 CONDUCTANCES = "conductances.safetensors"
@@ -10,3 +10,4 @@ DEPLOYED = "deployed.onnx"
 DIGITAL = "digital.safetensors"
 MASKS = "masks.safetensors"
 REFERENCE = "verification.safetensors"
+STAGES = "stages"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
@@ -71,6 +71,10 @@ class GraphNode:
         if slot >= len(self.proto.input) or not self.proto.input[slot]:
             return None
         return self.view.inputs[slot]
+
+    def slots(self, tensor: Tensor) -> list[int]:
+        """Return the input slots at which the node reads ``tensor``."""
+        return [slot for slot, value in enumerate(self.view.inputs) if value is tensor]
 
     def attribute(self, name: str, default: Any) -> Any:
         """Return the value of an attribute, or a default."""
@@ -253,8 +257,7 @@ class ModelGraph:
         """Return ``tensor`` with its data inside, for a model that has no folder."""
         if tensor.data_location != TensorProto.EXTERNAL:
             return tensor
-        values = self.model.array(tensor)
-        return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
+        return numpy_helper.from_array(self.model.array(tensor), tensor.name)
 
 
 def _small(tensor: TensorProto) -> TensorProto | onnx.ValueInfoProto:

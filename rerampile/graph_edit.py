@@ -7,11 +7,34 @@ from typing import Any
 
 import onnx
 
-from rerampile.onnx_file import copy_without
+from rerampile.onnx_file import copy_without, iter_graphs
 
-__all__ = ["rewrite_graph"]
+__all__ = ["UnusedNames", "rewrite_graph"]
 
 Rewrite = Callable[[onnx.NodeProto], onnx.NodeProto | None]
+
+
+class UnusedNames:
+    """Names that no tensor of a model has yet."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._used = {
+            name
+            for graph in iter_graphs(proto.graph)
+            for names in (
+                (v.name for v in graph.input),
+                (t.name for t in graph.initializer),
+                (o for n in graph.node for o in n.output),
+            )
+            for name in names
+        }
+
+    def new(self, name: str) -> str:
+        """Return ``name`` where it is free, else one like it; it is taken from now on."""
+        while name in self._used:
+            name += "_"
+        self._used.add(name)
+        return name
 
 
 def rewrite_graph(graph: onnx.GraphProto, rewrite: Rewrite, freed: Collection[str]) -> onnx.GraphProto:
@@ -36,7 +59,7 @@ def rewrite_graph(graph: onnx.GraphProto, rewrite: Rewrite, freed: Collection[st
         read = _read(copies)
     for inner, original in pairs:
         inner.initializer.extend(t for t in original.initializer if t.name in read or t.name not in freed)
-        _drop_mentions(inner, freed - read)
+        _drop_mentions(inner, freed - read, {t.name for t in original.initializer})
     return copy
 
 
@@ -75,10 +98,10 @@ def _is_dead(node: onnx.NodeProto, read: set[str], freed: set[str]) -> bool:
     return any(o in freed for o in node.output) and not any(o in read for o in node.output if o)
 
 
-def _drop_mentions(graph: onnx.GraphProto, unread: set[str]) -> None:
-    """Remove what a graph says of tensors that it no longer has."""
+def _drop_mentions(graph: onnx.GraphProto, unread: set[str], initialized: set[str]) -> None:
+    """Remove what a graph says of tensors that it no longer has; other inputs stay, read or not: a Loop passes them."""
     made = {o for n in graph.node for o in n.output} | {t.name for t in graph.initializer}
-    _remove(graph.input, lambda value: value.name in unread)
+    _remove(graph.input, lambda value: value.name in unread & initialized)
     _remove(graph.value_info, lambda value: value.name not in made)
     _remove(graph.quantization_annotation, lambda note: note.tensor_name in unread)
 

@@ -7,8 +7,11 @@ external ones are memory-mapped from the model's own folder, and from nowhere el
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import mmap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import numpy.typing as npt
 import onnx
 import onnx.checker
 import onnx.inliner
+import onnx.shape_inference
 import onnx.version_converter
 from onnx import numpy_helper
 
@@ -123,12 +127,13 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
         found = _read(Path(model))
     if not found.proto.graph.node:
         raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
+    _check_names(found)
     _check_tensors(found)
     _check_graph(found)
     if found.opset < OLDEST_OPSET:
         found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
     if found.proto.functions:
-        found = replace(found, proto=_inline_functions(found.proto), inlined_functions=len(found.proto.functions))
+        found = replace(found, proto=_inline_functions(found), inlined_functions=len(found.proto.functions))
     return found
 
 
@@ -145,11 +150,13 @@ def _read(path: Path) -> ModelFile:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except google.protobuf.message.DecodeError as error:
-        raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
-    digest = hashlib.sha256(data).hexdigest()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = pool.submit(hashlib.sha256, data)  # while the parser works
+        try:
+            proto.ParseFromString(data)
+        except google.protobuf.message.DecodeError as error:
+            raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
+        digest = hashing.result().hexdigest()
     del data
     found = ModelFile(proto=proto, name=path.name, folder=path.parent, sha256=digest, size=size)
     locations: dict[str, Path] = {}
@@ -235,16 +242,53 @@ def _byte_size(tensor: onnx.TensorProto) -> int:
 _PACKED_BITS = {getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)}
 
 
+def _check_names(model: ModelFile) -> None:
+    """Refuse names that are no text, and weights that hide a tensor around their graph: ONNX's checker sees neither."""
+    for graph in iter_graphs(model.proto.graph):
+        nodes = ((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
+        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
+        for name in (*values, *itertools.chain.from_iterable(nodes)):
+            if isinstance(name, bytes):  # how protobuf gives what it cannot decode
+                raise ModelError(f"{model.name}: name {name!r} is not UTF-8 text; the file is damaged")
+    _check_hidden(model, model.proto.graph, frozenset())
+
+
+def _check_hidden(model: ModelFile, graph: onnx.GraphProto, around: frozenset[str]) -> None:
+    names = {tensor.name for tensor in graph.initializer}
+    if hidden := names & around:
+        raise ModelError(
+            f"{model.name}: initializer '{min(hidden)}' of graph '{graph.name}' has the name of a tensor around that "
+            f"graph, expected one of its own; rename it"
+        )
+    visible = around.union(names, (value.name for value in graph.input), (o for n in graph.node for o in n.output))
+    for inner in (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")):
+        _check_hidden(model, inner, visible)
+
+
 def _check_tensors(model: ModelFile) -> None:
     """Refuse tensors whose data do not fill their shape, before anything takes memory for them."""
     for tensor in _all_tensors(model.proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _inside(model.folder, external_entries(tensor, model.name)[0], tensor, model.name)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != _byte_size(tensor):
+            continue
+        found, expected, unit = _data_count(tensor)
+        if found != expected:
             raise ModelError(
-                f"{model.name}: tensor '{tensor.name}' has {len(tensor.raw_data)} bytes, "
-                f"expected {_byte_size(tensor)} for shape {list(tensor.dims)}; the file is damaged"
+                f"{model.name}: tensor '{tensor.name}' has {found} {unit}, expected {expected} for shape "
+                f"{list(tensor.dims)}; the file is damaged"
             )
+
+
+def _data_count(tensor: onnx.TensorProto) -> tuple[int, int, str]:
+    """Return how much data ``tensor`` carries, how much its shape and type ask for, and what is counted."""
+    size = _byte_size(tensor)
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data), size, "bytes"
+    found = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+    if tensor.data_type in _PACKED:
+        return found, size, "values"
+    parts = 2 if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128) else 1
+    return found, parts * math.prod(tensor.dims), "values"
 
 
 def _check_graph(model: ModelFile) -> None:
@@ -283,11 +327,32 @@ def _convert_up(model: ModelFile) -> onnx.ModelProto:
         ) from error
 
 
-def _inline_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _inline_functions(model: ModelFile) -> onnx.ModelProto:
     """Inline model-local functions, so that weights inside them are found; metadata are kept."""
-    inlined = onnx.inliner.inline_local_functions(proto)
+    inlined = onnx.inliner.inline_local_functions(model.proto)
+    if inlined.functions:
+        inlined = _inline_other_opsets(model, inlined)
     if not inlined.metadata_props:
-        inlined.metadata_props.extend(proto.metadata_props)
+        inlined.metadata_props.extend(model.proto.metadata_props)
+    return inlined
+
+
+def _inline_other_opsets(model: ModelFile, proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline functions that import another operator set; the inliner converts them where it knows every type."""
+    known = list(proto.graph.value_info)
+    proto.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in proto.graph.initializer
+    )
+    try:
+        typed = onnx.shape_inference.infer_shapes(proto)
+        inlined = onnx.inliner.inline_local_functions(typed, convert_version=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{model.name}: model-local functions of another operator set than the model's {model.opset} cannot be "
+            f"converted: {' '.join(str(error).split())[:200]}; export it with one operator set"
+        ) from error
+    del inlined.graph.value_info[:]
+    inlined.graph.value_info.extend(known)
     return inlined
 
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
+from rerampile.matrix_view import MatrixView
 from rerampile.schemes import Scheme
 
 __all__ = [
@@ -218,7 +219,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         zeros: Weights that are exactly zero.
         sparsity: Their share.
         decoded_sha256: Hash of the decoded weights, little-endian float32 [groups * outputs, inputs].
-        mean_cell_conductance: Mean over all values of the cells tensor, siemens.
+        mean_cell_conductance: Mean over the layer's cells that sit on arrays, siemens; 0 where none does.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -254,8 +255,51 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []
 
+    @property
+    def view(self) -> MatrixView:
+        """How the weight tensor is read as matrices."""
+        return MatrixView(
+            groups=self.groups,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            tensor_shape=tuple(self.weight_shape),
+            stored_shape=tuple(self.stored_shape),
+            permutation=None if self.permutation is None else tuple(self.permutation),
+        )
 
-class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
+
+class _Rectangle:
+    """Part of a group's matrix: a range or a list of its inputs, by a range or a list of its outputs."""
+
+    __slots__ = ()
+
+    inputs: Range | None
+    outputs: Range | None
+    input_index: list[int] | None
+    output_index: list[int] | None
+
+    @property
+    def input_count(self) -> int:
+        """Inputs, so rows, of one group."""
+        return self.inputs[1] - self.inputs[0] if self.inputs is not None else len(self.input_index or ())
+
+    @property
+    def output_count(self) -> int:
+        """Outputs of one group."""
+        return self.outputs[1] - self.outputs[0] if self.outputs is not None else len(self.output_index or ())
+
+    @property
+    def input_indices(self) -> list[int]:
+        """The inputs in the order of their rows."""
+        return list(range(*self.inputs)) if self.inputs is not None else list(self.input_index or ())
+
+    @property
+    def output_indices(self) -> list[int]:
+        """The outputs in the order of their columns."""
+        return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
+
+
+class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """The piece of a layer's matrices that sits on one array.
 
     ``inputs`` and ``outputs`` are ranges of one group's matrix, or lists of its indices where rows or columns were
@@ -284,26 +328,6 @@ class Partition(_Record, kw_only=True, frozen=True, omit_defaults=True):
     output_index: list[Count] | None = None
     replica: Count = 0
 
-    @property
-    def input_count(self) -> int:
-        """Inputs, so rows, of one group."""
-        return self.inputs[1] - self.inputs[0] if self.inputs is not None else len(self.input_index or ())
-
-    @property
-    def output_count(self) -> int:
-        """Outputs of one group."""
-        return self.outputs[1] - self.outputs[0] if self.outputs is not None else len(self.output_index or ())
-
-    @property
-    def input_indices(self) -> list[int]:
-        """The inputs in the order of their rows."""
-        return list(range(*self.inputs)) if self.inputs is not None else list(self.input_index or ())
-
-    @property
-    def output_indices(self) -> list[int]:
-        """The outputs in the order of their columns."""
-        return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
-
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold.
@@ -331,7 +355,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     twin: Count | None = None
 
 
-class Region(_Record, kw_only=True, frozen=True, omit_defaults=True):
+class Region(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """A rectangle of a layer's matrix that takes no cells: all its weights are zero.
 
     Attributes:
@@ -384,11 +408,11 @@ class Totals(_Record, kw_only=True, frozen=True):
         utilisation: ``cells_used / cells``.
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
-        arrays_saved_by_pruning: The first less the second.
-        arrays_saved_by_packing: The second less ``arrays``.
+        arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
+        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
-            over all values of the cells tensors.
+            over the cells that sit on arrays.
         digital_operations: Entries of ``digital``.
     """
 
@@ -417,7 +441,7 @@ class OutputError(_Record, kw_only=True, frozen=True):
         output: Name of the graph output.
         max_abs_error: Largest difference.
         max_abs_reference: Largest magnitude of the reference.
-        relative_error: The first by the second; the first alone where the second is zero.
+        relative_error: ``max_abs_error / max_abs_reference``; the error itself where the reference is all zero.
     """
 
     output: str
@@ -494,10 +518,10 @@ class Plan(_Record, kw_only=True, frozen=True):
 
 def encode_plan(plan: Plan) -> bytes:
     """Return the plan as JSON: indented, one array or region a line, the same bytes for the same plan."""
-    body: dict[str, Any] = msgspec.to_builtins(plan)
-    long = {name: body.pop(name) for name in ("skipped", "arrays")}
-    text = msgspec.json.format(msgspec.json.encode(body), indent=1).decode().rstrip()
-    parts = [text.removesuffix("\n}")]
+    long: dict[str, list[Any]] = {"skipped": plan.skipped, "arrays": plan.arrays}
+    body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(plan, skipped=[], arrays=[]))
+    text = msgspec.json.format(msgspec.json.encode({k: v for k, v in body.items() if k not in long}), indent=1)
+    parts = [text.decode().rstrip().removesuffix("\n}")]
     for name, rows in long.items():
         lines = ",\n  ".join(msgspec.json.encode(row).decode() for row in rows)
         parts.append(f' "{name}": [\n  {lines}\n ]' if rows else f' "{name}": []')
@@ -518,7 +542,7 @@ def decode_plan(data: bytes, where: str) -> Plan:
         )
     try:
         return msgspec.json.decode(data, type=Plan)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanFormatError(f"{where}: not a deployment plan: {error}") from error
 
 

@@ -39,9 +39,10 @@ def plan_of(unit: Unit, files: Mapping[str, FileRecord], mean_conductance: Mappi
     Args:
         unit: The compilation, up to *allocate*.
         files: The files written so far.
-        mean_conductance: Mean conductance of a cell of each layer, siemens.
+        mean_conductance: Mean conductance over each layer's cells tensor, siemens.
     """
     proto = unit.model.proto
+    placed = _placed_cells(unit, mean_conductance)
     return Plan(
         format="rerampile-plan",
         format_version=1,
@@ -62,8 +63,8 @@ def plan_of(unit: Unit, files: Mapping[str, FileRecord], mean_conductance: Mappi
         options=_options(unit),
         conventions=Conventions(),
         files=dict(sorted(files.items())),
-        totals=_totals(unit, mean_conductance),
-        layers=[_layer_plan(unit, layer, mean_conductance[layer.name]) for layer in unit.layers],
+        totals=_totals(unit, placed),
+        layers=[_layer_plan(unit, layer, placed[layer.name][1]) for layer in unit.layers],
         digital=[
             DigitalPlan(node=op.node.full_name, op=op.node.op, code=op.code, reason=op.reason) for op in unit.digital
         ],
@@ -121,16 +122,33 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
     )
 
 
-def _totals(unit: Unit, mean_conductance: Mapping[str, float]) -> Totals:
-    sizes = {layer.name: math.prod(layer.view.shape) for layer in unit.layers}
-    weights = sum(sizes.values())
+def _placed_cells(unit: Unit, mean_conductance: Mapping[str, float]) -> dict[str, tuple[int, float]]:
+    """Return, by layer, the weights that sit on arrays and the mean conductance of their cells, siemens.
+
+    What takes no cells is zero, and what cells a zero would take is known: it is taken out of the mean of the tensor.
+    """
+    left_out = dict.fromkeys(range(len(unit.layers)), 0)
+    for region in unit.regions:
+        left_out[region.layer] += region.input_count * region.output_count
+    placed: dict[str, tuple[int, float]] = {}
+    for number, layer in enumerate(unit.layers):
+        coding = unit.mapped[layer.name].coding
+        zero = float(coding.conductance(coding.zero_cells).astype(np.float64).mean())
+        total = math.prod(layer.view.shape)
+        count = total - left_out[number]
+        mean = (mean_conductance[layer.name] * total - zero * left_out[number]) / count if count else 0.0
+        placed[layer.name] = (count, mean)
+    return placed
+
+
+def _totals(unit: Unit, placed: Mapping[str, tuple[int, float]]) -> Totals:
+    weights = sum(math.prod(layer.view.shape) for layer in unit.layers)
+    held = sum(count for count, _ in placed.values())
     zeros = sum(mapped.zeros for mapped in unit.mapped.values())
     coding = next(iter(unit.mapped.values())).coding
     cells = len(unit.arrays) * unit.target.rows * unit.target.columns
-    placed = sum(_weights_of(array) for array in unit.arrays)
     used = sum(_weights_of(array) * len(array.roles) * coding.slices for array in unit.arrays)
-    sets = 2 if any(array.twin is not None for array in unit.arrays) else 1
-    pair = sum(mean_conductance[name] * coding.cells * size for name, size in sizes.items()) / weights
+    pair = sum(coding.cells * count * mean for count, mean in placed.values()) / held if held else 0.0
     return Totals(
         layers=len(unit.layers),
         weights=weights,
@@ -145,7 +163,7 @@ def _totals(unit: Unit, mean_conductance: Mapping[str, float]) -> Totals:
         arrays_before_packing=unit.arrays_before_packing,
         arrays_saved_by_pruning=unit.arrays_without_pruning - unit.arrays_before_packing,
         arrays_saved_by_packing=unit.arrays_before_packing - len(unit.arrays),
-        weights_without_cells=weights - placed // sets,
+        weights_without_cells=weights - held,
         mean_pair_conductance=pair,
         digital_operations=len(unit.digital),
     )

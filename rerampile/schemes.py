@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SCHEMES", "Coding", "Scheme"]
+__all__ = ["SCHEMES", "Coding", "Scheme", "row_chunks"]
 
 Scheme = Literal["two_column", "differential", "offset", "balanced"]
 SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
@@ -159,14 +159,14 @@ class Coding:
         """
         out = np.empty((self.slices, self.cells, *weights.shape), self.dtype)
         encode = self._encode_analog if self.levels is None else self._encode_levels
-        for rows in _row_chunks(weights.shape):
+        for rows in row_chunks(weights.shape):
             encode(weights[rows] / gain[rows, None], out[:, :, rows])
         return out
 
     def decode(self, cells: Array, gain: Floats) -> Floats:
         """Return the weights, float32 [outputs, inputs], that cells [slices, cells, outputs, inputs] hold."""
         out = np.empty(cells.shape[2:], np.float32)
-        for rows in _row_chunks(out.shape):
+        for rows in row_chunks(out.shape):
             np.multiply(self.difference(cells[:, :, rows]), gain[rows, None], out=out[rows])
         return out
 
@@ -244,9 +244,11 @@ class Coding:
         else:
             numbers = tuple(self._order[self._nearest(part)] for part in self._split_values(difference))
         levels = self.levels or 0
-        for cell, number in enumerate(numbers):
+        for cell, rest in enumerate(numbers):
             for k in range(self.slices):
-                out[k, cell] = number // levels**k % levels
+                higher = rest // levels  # numpy divides by a scalar fast, and takes remainders slowly
+                np.subtract(rest, higher * levels, out=out[k, cell], casting="unsafe")
+                rest = higher  # noqa: PLW2901
 
     def _split_steps(self, d: Array) -> tuple[Array, ...]:
         """Split whole differences into whole + and - values (uniform levels)."""
@@ -300,8 +302,8 @@ class Coding:
         return np.searchsorted((self._values[1:] + self._values[:-1]) / 2, target).astype(np.int64)
 
 
-def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield slices of rows that hold about :data:`_CHUNK` elements each."""
+def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix that hold few enough elements to stay in a processor's cache."""
     step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, start + step)

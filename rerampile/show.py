@@ -306,7 +306,7 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
     yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
     yield "arrays", f"{totals.arrays:,}{there}, {totals.utilisation:.1%} of their cells used"
-    if totals.weights_without_cells or totals.arrays_saved_by_pruning or totals.arrays_saved_by_packing:
+    if totals.weights_without_cells or totals.arrays_saved_by_packing or any(layer.mask for layer in plan.layers):
         saved = f"by pruning {totals.arrays_saved_by_pruning:,}, by packing {totals.arrays_saved_by_packing:,}"
         without = _number(totals.weights_without_cells, "weight")
         yield "saved", f"{saved} of {_number(totals.arrays_without_pruning, 'array')}; {without} without cells"
@@ -417,7 +417,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
     size = f"{cells.shape[0]} × {cells.shape[1]}"
     facts = [
         ("array", f"{array.id} at {address}"),
-        ("cells", f"{size}, {_roles(array)}; {used.mean():.1%} used, the others spare"),
+        ("cells", f"{size}, {_roles(array)}; {used.mean():.1%} used{'' if used.all() else ', the others spare'}"),
         ("range", extremes),
     ]
     _print(out, table, _picture(out, siemens, used), _facts(facts))
@@ -438,7 +438,7 @@ def _picture(out: Console, siemens: npt.NDArray[np.float32], used: npt.NDArray[n
         used: Which cells belong to a partition, [rows, columns].
     """
     side = -(-siemens.shape[1] // (min(out.width, 132) - 2))
-    coloured = out.color_system is not None and not out.no_color
+    coloured = out.color_system in ("256", "truecolor") and not out.no_color
     mean = _patches(siemens, used, side if coloured else 2 * side, side)
     low, high = float(np.nanmin(mean)), float(np.nanmax(mean))
     level = (mean - low) / ((high - low) or 1.0)

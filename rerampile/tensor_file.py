@@ -11,12 +11,15 @@ import hashlib
 import json
 import math
 import mmap
+import operator
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +46,7 @@ _DTYPES: dict[str, Any] = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 64
+_HASH_CHUNK = 1 << 20
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -104,27 +108,70 @@ class TensorWriter:
         }
         self._waiting = list(reversed(self.specs))
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("xb")
-        self._worker = ThreadPoolExecutor(max_workers=1)  # writes and hashes while the next tensor is computed
-        self._pending: Future[None] = self._worker.submit(self._put, len(text).to_bytes(8, "little") + text)
+        self._hashed = 0
+        self._file = path.open("x+b", buffering=0)
+        self._worker = ThreadPoolExecutor(max_workers=1)  # hashes what is written while more is computed
+        self._pending: list[Future[None]] = []
+        self._put(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8), 0)
+        self._hash_up_to(base)
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Write the next tensor, which must not change until the writer is closed."""
-        spec = self.specs[name]
-        if self._waiting.pop() != name or values.shape != spec.shape or values.dtype != spec.dtype:
-            raise InternalError(f"{self.path}: tensor '{name}' written out of order or not as announced")
-        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if values.size else b""
-        self._pending.result()
-        self._pending = self._worker.submit(self._put, data)
+        """Write the next tensor."""
+        spec = self._next(name)
+        if values.shape != spec.shape or values.dtype != spec.dtype:
+            raise InternalError(f"{self.path}: tensor '{name}' is {values.dtype} {values.shape}, not as announced")
+        self._put(values, spec.offset)
+        self._hash_up_to(spec.offset + spec.nbytes)
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+    def write_rows(self, name: str, blocks: Iterable[tuple[slice, npt.NDArray[Any]]]) -> None:
+        """Write the next tensor, [..., rows, columns], from blocks of its rows, so that it is never held as a whole.
+
+        Args:
+            name: The tensor.
+            blocks: A range of rows and its values, [..., rows of the range, columns]; together they are all rows.
+        """
+        spec, written = self._next(name), 0
+        row_bytes = spec.shape[-1] * spec.dtype.itemsize
+        for rows, values in blocks:
+            for plane, part in enumerate(values.reshape(-1, *values.shape[-2:])):
+                self._put(part, spec.offset + (plane * spec.shape[-2] + rows.start) * row_bytes)
+            written += values.nbytes
+        if written != spec.nbytes:
+            raise InternalError(f"{self.path}: tensor '{name}' has {written} bytes of rows, not as announced")
+        self._hash_up_to(spec.offset + spec.nbytes)
+
+    def _next(self, name: str) -> TensorSpec:
+        if self._waiting.pop() != name:
+            raise InternalError(f"{self.path}: tensor '{name}' written out of order")
+        return self.specs[name]
+
+    def _put(self, data: npt.ArrayLike, offset: int) -> None:
+        rest = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        while rest.nbytes:
+            done = os.pwrite(self._file.fileno(), rest, offset)
+            rest, offset = rest[done:], offset + done
+
+    def _hash_up_to(self, end: int) -> None:
+        self._pending.append(self._worker.submit(self._read_and_hash, end))
+
+    def _read_and_hash(self, end: int) -> None:
+        buffer = memoryview(bytearray(min(_HASH_CHUNK, end - self._hashed)))
+        while self._hashed < end:
+            done = os.preadv(self._file.fileno(), [buffer[: end - self._hashed]], self._hashed)
+            if done == 0:
+                raise OSError(f"{self.path}: became shorter while it was written")
+            self._hash.update(buffer[:done])
+            self._hashed += done
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.result()
+        self._pending.clear()
 
     @property
     def sha256(self) -> str:
         """Hash of what was written so far."""
-        self._pending.result()
+        self._wait()
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
@@ -135,9 +182,9 @@ class TensorWriter:
     ) -> None:
         try:
             if error is None:
-                self._pending.result()
+                self._wait()
         finally:
-            self._worker.shutdown()
+            self._worker.shutdown(cancel_futures=True)
             self._file.close()
         if error is None and self._waiting:
             raise InternalError(f"{self.path}: tensor '{self._waiting[-1]}' was never written")
@@ -162,7 +209,7 @@ class TensorFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise PlanFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, PlanFormatError):
                 raise
             raise PlanFormatError(f"{path}: not a safetensors file: its header is not JSON") from error
@@ -176,12 +223,13 @@ class TensorFile:
             if name == "__metadata__":
                 continue
             try:
-                dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
-                first, last = (int(n) for n in entry["data_offsets"])
+                dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(operator.index(n) for n in entry["shape"])
+                first, last = (operator.index(n) for n in entry["data_offsets"])
             except (KeyError, TypeError, ValueError) as error:
                 raise PlanFormatError(f"{self.path}: tensor '{name}': unreadable header entry") from error
             spec = TensorSpec(dtype=dtype, shape=shape, offset=base + first)
-            if min((*shape, first)) < 0 or last - first != spec.nbytes or base + last > size:
+            countable = math.prod(n or 1 for n in shape) * dtype.itemsize <= sys.maxsize
+            if min((*shape, first)) < 0 or last - first != spec.nbytes or base + last > size or not countable:
                 raise PlanFormatError(
                     f"{self.path}: tensor '{name}': bytes [{first}, {last}) for shape {list(shape)} of {dtype}, "
                     f"expected {spec.nbytes} bytes inside the {size - base} that the file holds"

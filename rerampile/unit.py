@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -115,9 +115,19 @@ class Unit:
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
         """Return the weights to hold, folded and pruned, float32 [groups * outputs, inputs]; read anew each time."""
-        matrix = layer.matrix(self.graph)
-        mask = self.masks.get(layer.name)
-        return matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+        return self.weight_rows(layer)(slice(None))
+
+    def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
+        """Return a reader of some rows of :meth:`weights`, which folds and prunes those rows alone."""
+        matrix, mask = layer.original_matrix(self.graph), self.masks.get(layer.name)
+        factor = layer.fold_factor()
+        factors = None if factor is None else np.broadcast_to(factor, matrix.shape)
+
+        def read(rows: slice) -> npt.NDArray[np.float32]:
+            part = matrix[rows] if factors is None else np.multiply(matrix[rows], factors[rows], dtype=np.float32)
+            return part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
+
+        return read
 
 
 class Pass(Protocol):

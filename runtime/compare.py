@@ -23,7 +23,7 @@ def output_error(name: str, found: Any, reference: Any) -> OutputError:
     if a.shape != b.shape:
         return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    error = float(np.abs(np.where(same, 0.0, a - np.where(same, a, b))).max(initial=0.0))
+    error = float(np.abs(np.subtract(a, b, out=np.zeros_like(a), where=~same)).max(initial=0.0))
     if not np.isfinite(error):
         return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
     largest = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import DataError, FaultRunError, did_you_mean
+from rerampile.npz_file import read_npz
 from rerampile.runtime.session import run
 
 __all__ = ["declared_dtype", "fitting_inputs", "inputs_from_file", "random_array"]
@@ -46,10 +46,11 @@ def inputs_from_file(path: Path, session: Any) -> Inputs:
         DataError: The file is unreadable, or its names, types or shapes do not fit the model.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file: {' '.join(str(error).split())[:200]}") from error
+        found = dict(read_npz(path))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not a readable .npz file: {error}; write one with numpy.savez(FILE, input_name=array)"
+        ) from error
     declared = {value.name: value for value in session.get_inputs()}
     for name in found:
         if name not in declared:
@@ -98,7 +99,7 @@ def _assignments(declared: Any) -> Iterator[dict[tuple[str, int] | str, int]]:
     other: set[tuple[str, int] | str] = set()
     for value in declared:
         for axis, dim in enumerate(value.shape):
-            if not isinstance(dim, int) or dim <= 0:
+            if not isinstance(dim, int) or dim < 0:
                 (batch if axis == 0 else other).add(_key(value, axis))
     other -= batch
     for size, first in itertools.product(_SIZES if other else (0,), _BATCHES if batch else (0,)):

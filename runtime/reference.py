@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rerampile.graph import ModelGraph
-from rerampile.graph_edit import rewrite_graph
+from rerampile.graph_edit import UnusedNames, rewrite_graph
 from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without, external_tensor, iter_graphs
 from rerampile.tensor_file import TensorWriter, stores
@@ -35,7 +35,8 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
             [groups * outputs, inputs].
         folder: An empty folder to write into.
     """
-    names = {layer.name: f"{layer.name}__reference" for layer in unit.layers}
+    unused = UnusedNames(unit.model.proto)
+    names = {layer.name: unused.new(f"{layer.name}__reference") for layer in unit.layers}
     slots: dict[int, dict[int, str]] = {}
     for layer in unit.layers:
         for node, slot in layer.uses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto
 
-from rerampile.checks import check_checksums, check_placement, decode_layer, weights_sha256
+from rerampile.checks import check_checksums, check_placement, decode_rows, weight_bytes
 from rerampile.deployment import Deployment, layer_coding, load_deployment
 from rerampile.errors import InternalError, PlanFormatError
-from rerampile.files import DEPLOYED, PLAN, REFERENCE
+from rerampile.files import DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import FileRecord, LayerPlan, Plan, Verification, encode_plan
@@ -98,17 +99,22 @@ def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tu
     """Compare every decoded weight with the pruned one; return the plan's layers with hashes, and the worst errors."""
 
     def check(layer: Layer, plan: LayerPlan) -> tuple[LayerPlan, float, float]:
-        decoded, expected = decode_layer(deployment, plan), unit.weights(layer)
-        error = np.abs(decoded - expected).max(axis=1).astype(np.float64)
-        bound = layer_coding(deployment.target, plan).error_bound(deployment.gain(plan))
-        if not (error <= bound).all() or (unit.mapped[layer.name].zeros and np.any(decoded[expected == 0])):
-            raise InternalError(
-                f"layer '{layer.name}': a decoded weight is {error.max():.3g} off (bound {bound[error.argmax()]:.3g}), "
-                f"or a pruned weight is not zero"
-            )
-        filled = msgspec.structs.replace(plan, decoded_sha256=weights_sha256(decoded))
-        deployment.conductances.drop_pages()
-        return filled, float(error.max()), float((error / bound).max())
+        expected, bound = (
+            unit.weight_rows(layer),
+            layer_coding(deployment.target, plan).error_bound(deployment.gain(plan)),
+        )
+        digest, worst, worst_part = hashlib.sha256(), 0.0, 0.0
+        for rows, decoded in decode_rows(deployment, plan):
+            wanted = expected(rows)
+            error = np.abs(decoded - wanted).max(axis=1).astype(np.float64)
+            if not (error <= bound[rows]).all() or (unit.mapped[layer.name].zeros and np.any(decoded[wanted == 0])):
+                raise InternalError(
+                    f"layer '{layer.name}': a decoded weight is {error.max():.3g} off "
+                    f"(bound {bound[rows][error.argmax()]:.3g}), or a pruned weight is not zero"
+                )
+            worst, worst_part = max(worst, float(error.max())), max(worst_part, float((error / bound[rows]).max()))
+            digest.update(weight_bytes(decoded))
+        return msgspec.structs.replace(plan, decoded_sha256=digest.hexdigest()), worst, worst_part
 
     with ThreadPoolExecutor(_THREADS) as pool:  # numpy and hashlib work outside the interpreter's lock
         found = list(pool.map(check, unit.layers, deployment.plan.layers))
@@ -179,8 +185,8 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
     """Open the user's own model, with masks applied where there are any, as converted where it was too old to run."""
     model = unit.model
-    if model.path is not None and not unit.masks and model.converted_from_opset is None:
-        return open_session(model.path)
+    if not unit.masks and model.converted_from_opset is None:  # the model itself, not what we make of it
+        return open_session(model.path if model.path is not None else model.proto.SerializeToString())
     return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
@@ -232,13 +238,9 @@ def verify_deployment(folder: str | Path) -> Verification:
         raise PlanFormatError(f"{deployment.folder / PLAN}: $.verification: missing, the folder was never completed")
     check_checksums(deployment)
     check_placement(deployment)
+    masks = TensorFile(deployment.folder / MASKS) if MASKS in deployment.plan.files else None
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(partial(_decoded_sha256, deployment), deployment.plan.layers)
-        for layer, found_hash in zip(deployment.plan.layers, hashes, strict=True):
-            if found_hash != layer.decoded_sha256:
-                raise PlanFormatError(
-                    f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
-                )
+        list(pool.map(partial(_check_weights, deployment, masks), deployment.plan.layers))
     reference = TensorFile(deployment.folder / REFERENCE)
     inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
     session = open_session(deployment.model_path)
@@ -249,7 +251,18 @@ def verify_deployment(folder: str | Path) -> Verification:
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
 
-def _decoded_sha256(deployment: Deployment, layer: LayerPlan) -> str:
-    digest = weights_sha256(decode_layer(deployment, layer))
-    deployment.conductances.drop_pages()
-    return digest
+def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: LayerPlan) -> None:
+    """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
+    digest, kept = hashlib.sha256(), None
+    if layer.mask is not None and masks is not None:
+        kept = layer.view.matrix(masks.read(layer.mask.tensor))
+    for rows, weights in decode_rows(deployment, layer):
+        digest.update(weight_bytes(weights))
+        if kept is not None and weights[~kept[rows]].any():
+            raise PlanFormatError(
+                f"{deployment.folder}: layer '{layer.name}': a weight that '{MASKS}' prunes is not zero"
+            )
+    if digest.hexdigest() != layer.decoded_sha256:
+        raise PlanFormatError(
+            f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
+        )

@@ -161,10 +161,18 @@ def test_float_forms_map(case: str, compile_text: Compile, weight: Weight) -> No
 def test_every_scheme_runs(
     scheme: str, small_model: onnx.ModelProto, tmp_path: Path, discrete_target: Callable[..., Any]
 ) -> None:
-    for number, options in enumerate([{}, {"scale": "tensor"}, {"target": discrete_target(levels=4, slices=3)}]):
+    choices: list[dict[str, Any]] = [
+        {},
+        {"scale": "tensor"},
+        {"target": discrete_target(levels=4, slices=3)},
+        {"target": discrete_target(levels=1024)},
+        {"target": discrete_target(levels=4, slices=2, level_table=(1e-6, 20e-6, 37e-6, 100e-6))},
+    ]
+    for number, options in enumerate(choices):
         deployment = compile_model(small_model, out=tmp_path / str(number), mapping=scheme, **options)
         assert {layer.scheme for layer in deployment.plan.layers} == {scheme}
-        assert onnx.checker.check_model(str(deployment.model_path)) is None
+        assert max(o.relative_error for o in deployment.plan.verification.outputs) < 1e-5
+        onnx.checker.check_model(str(deployment.model_path))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16], ids=["float16", "double", "bfloat16"])
@@ -366,19 +374,28 @@ def test_unknown_domain_around_a_layer_stays(weight: Weight, tmp_path: Path, sma
 
 
 @pytest.mark.parametrize("opset", [7, 9, 13, 17, 21, 24])
-def test_operator_sets(opset: int, compile_text: Compile, weight: Weight) -> None:
+def test_operator_sets(
+    opset: int,
+    model_of: Callable[..., onnx.ModelProto],
+    weight: Weight,
+    discrete_target: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     newest = onnx.defs.onnx_opset_version()
     version = min(opset, newest)
     ir = 3 if version < 9 else 8 if version < 21 else 10
     inputs = "float[2,3,6,6] x, float[4,3,3,3] W, float[64,5] V" if ir == 3 else "float[2,3,6,6] x"
-    deployment = compile_text(
+    model = model_of(
         f"""<ir_version: {ir}, opset_import: ["" : {version}]> g ({inputs}) => (float[2,5] y) {{
             a = Conv (x, W) \n b = Relu (a) \n c = Flatten (b) \n y = MatMul (c, V)
         }}""",
         {"W": weight(4, 3, 3, 3), "V": weight(64, 5)},
     )
+    deployment = compile_model(model, out=tmp_path / "out")
     assert matrices(deployment) == {"W": [1, 4, 27], "V": [1, 5, 64]}
     assert deployment.plan.model.opset == version
+    for target in (discrete_target(slices=2), discrete_target(level_table=(1e-6, 20e-6, 37e-6, 100e-6))):
+        compile_model(model, out=tmp_path / "discrete", target=target)  # level codes: casts, and a table to look up
     assert [i.name for i in onnx.load(deployment.model_path, load_external_data=False).graph.input] == ["x"]
 
 
@@ -541,3 +558,226 @@ def test_external_data_in_a_subgraph(
     assert list(matrices(deployment)) == ["W"]
     (tmp_path / "slope.bin").unlink()
     verify_deployment(deployment.folder)
+
+
+def test_a_zero_point_for_every_batch_and_column(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"{HEADER} g (uint8[2,3,4] x) => (int32[] y) {{ y = MatMulInteger (x, W, , z) }}",
+        {"W": weight(2, 4, 5, dtype=np.int8), "z": np.arange(-5, 5, dtype=np.int8).reshape(2, 1, 5)},
+    )
+    assert matrices(deployment) == {"W": [2, 5, 4]}
+
+
+@pytest.mark.parametrize(
+    "name", ["__metadata__", "layers[0].w", "a b/../c", 'é\n"', "W__reference", "B__reference", "W.gain"]
+)
+def test_any_name_will_do(name: str, weight: Weight, tmp_path: Path) -> None:
+    """Names that mean something to the formats we write, and names that another layer's files or tensors would take."""
+    nodes = [helper.make_node("MatMul", ["x", "W"], ["a"]), helper.make_node("MatMul", ["a", name], ["b"])]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("x", "y")]
+    weights = [numpy_helper.from_array(weight(4, 4), n) for n in ("W", name)]
+    bias = numpy_helper.from_array(weight(2, 4), "B")
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Add", ["b", "B"], ["y"])], "g", values[:1], values[1:], [*weights, bias]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    deployment = compile_model(model, out=tmp_path / "out", prune=0.5)
+    assert [layer.zeros for layer in deployment.plan.layers] == [8, 8]
+    verify_deployment(tmp_path / "out")
+
+
+def test_inputs_of_a_loop_stay_though_nobody_reads_them(compile_text: Compile, weight: Weight) -> None:
+    """The body's counter has the name of a weight in a branch: only that weight makes way."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, bool c) => (float[2,4] y) {{
+            a = If (c) <then_branch = t () => (float[2,4] p) <float[4,4] i = {{{", ".join(["1"] * 16)}}}> {{
+                p = MatMul (x, i) }}, else_branch = e () => (float[2,4] q) {{ q = Relu (x) }}>
+            n = Constant <value_int = 3> ()
+            y = Loop (n, , a) <body = b (int64 i, bool k, float[2,4] s) => (bool m, float[2,4] r) {{
+                m = Identity (k) r = MatMul (s, W) }}> }}""",
+        {"W": weight(4, 4)},
+    )
+    assert matrices(deployment) == {"i": [1, 4, 4], "W": [1, 4, 4]}
+
+
+def test_weights_of_four_bits_in_an_external_file(weight: Weight, tmp_path: Path) -> None:
+    packed = numpy_helper.from_array((np.arange(16) - 8).reshape(4, 4).astype(ml_dtypes.int4), "W")
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[2,4] x) => (float[2,4] y) <float S = {0.1}> {
+            w = DequantizeLinear (W, S) y = MatMul (x, w) }"""
+    )
+    model.graph.initializer.append(packed)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    deployment = compile_model(tmp_path / "m.onnx", out=tmp_path / "out")
+    assert matrices(deployment) == {"W": [1, 4, 4]}
+
+
+@pytest.mark.parametrize("prune", [None, 0.25])
+def test_branches_with_weights_of_one_name(prune: float | None, compile_text: Compile) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,2] x, bool c) => (float[2,2] y) {{
+            y = If (c) <then_branch = t () => (float[2,2] a) <float[2,2] W = {{1,2,3,4}}> {{ a = MatMul (x, W) }},
+                        else_branch = e () => (float[2,2] b) <float[2,2] W = {{5,-6,7,8}}> {{ b = MatMul (x, W) }}>
+        }}""",
+        prune=prune,
+    )
+    assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {
+        "W": ["If_y/MatMul_a"],
+        "W#2": ["If_y/MatMul_b"],
+    }
+    assert deployment.weights(deployment.layer("W#2")).max() == 8
+
+
+@pytest.mark.parametrize("prune", [None, 0.25])
+def test_a_constant_chain_across_graphs(prune: float | None, compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, bool c) => (float[2,2] y) {{
+            V = Transpose (W)
+            y = If (c) <then_branch = t () => (float[2,2] a) {{ a = MatMul (x, V) }},
+                        else_branch = e () => (float[2,2] b) {{ U = Identity (V) b = MatMul (x, U) }}>
+        }}""",
+        {"W": weight(2, 4)},
+        prune=prune,
+    )
+    assert [p.constant_chain for p in deployment.plan.layers] == [["Transpose_V"], ["Transpose_V", "If_y/Identity_U"]]
+
+
+@pytest.mark.parametrize("prune", [None, 0.5])
+def test_a_deployed_model_compiles_again(prune: float | None, compile_text: Compile, weight: Weight) -> None:
+    """It is an ONNX model like any other: its weights are a constant chain over its own conductances."""
+    first = compile_text(f"{HEADER} g (float[2,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    again = compile_model(first.model_path, out=first.folder.parent / "again", prune=prune)
+    (layer,) = again.plan.layers
+    assert (layer.outputs, layer.inputs) == (3, 4)
+    if prune is None:
+        np.testing.assert_allclose(again.weights(layer), first.weights(first.plan.layers[0]), rtol=1e-5)
+
+
+def test_functions_within_functions_and_of_another_operator_set(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(
+        """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        g (float[2,4] x) => (float[2,4] y) { y = local.two (x, W) }
+        <domain: "local", opset_import: ["" : 17, "local" : 1]>
+        two (a, b) => (c) { h = local.one (a, b) c = local.one (h, b) }
+        <domain: "local", opset_import: ["" : 13]>
+        one (a, b) => (c) { c = MatMul (a, b) }""",
+        {"W": weight(4, 4)},
+    )
+    deployment = compile_model(model, out=tmp_path / "out")
+    (layer,) = deployment.plan.layers
+    assert len(layer.uses) == 2
+    assert deployment.plan.model.inlined_functions == 2
+
+
+def test_weights_that_a_loop_changes_stay_digital(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x) => (float[2,4] y) {{
+            n = Constant <value_int=2> ()
+            z, v = Loop (n, , x, W) <body = l (int64 i, bool go, float[2,4] b, float[4,4] V)
+                => (bool on, float[2,4] a, float[4,4] U) {{ on = Identity (go) a = MatMul (b, V) U = Mul (V, V) }}>
+            y = MatMul (z, W)
+        }}""",
+        {"W": weight(4, 4)},
+    )
+    assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {"W": ["MatMul_y"]}
+    assert ("Loop_z/MatMul_a", "computed-weights") in [(o.node, o.code) for o in deployment.plan.digital]
+
+
+def test_sparse_initializers_stay_digital(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(
+        f"{HEADER} g (float[2,4] x) => (float[2,3] y) {{ a = MatMul (x, W) y = MatMul (a, S) }}",
+        {"W": weight(4, 3), "S": weight(3, 3)},
+    )
+    del model.graph.initializer[1]
+    values = numpy_helper.from_array(np.array([1, 2], np.float32), "S")
+    places = numpy_helper.from_array(np.array([1, 5], np.int64), "places")
+    model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=values, indices=places, dims=[3, 3]))
+    deployment = compile_model(model, out=tmp_path / "out")
+    assert list(matrices(deployment)) == ["W"]
+
+
+@pytest.mark.parametrize("outputs", ["float[] y, float[4,3] W", "float[] y, float[2,4] x"])
+def test_inputs_and_weights_that_are_outputs(outputs: str, compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(f"{HEADER} g (float[2,4] x) => ({outputs}) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    assert list(matrices(deployment)) == ["W"]
+
+
+def test_an_empty_batch_is_legal(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(f"{HEADER} g (float[0,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    assert list(matrices(deployment)) == ["W"]
+
+
+def test_quantisation_annotations_of_what_is_left_are_kept(
+    weight: Weight, model_of: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    model = model_of(f"{HEADER} g (float[2,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
+    model.graph.initializer.append(numpy_helper.from_array(weight(1), "s"))
+    for name in ("W", "x"):
+        note = model.graph.quantization_annotation.add(tensor_name=name)
+        note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    deployed = onnx.load(compile_model(model, out=tmp_path / "out").model_path, load_external_data=False)
+    assert [note.tensor_name for note in deployed.graph.quantization_annotation] == ["x"]
+    assert "s" in [t.name for t in deployed.graph.initializer]
+
+
+def test_weights_of_wide_integers_stay_digital(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"{HEADER} g (int32[2,4] k, float[2,4] x) => (int32[] z, float[] y) {{ z = MatMul (k, V) y = MatMul (x, W) }}",
+        {"V": np.arange(12, dtype=np.int32).reshape(4, 3), "W": weight(4, 3)},
+    )
+    assert list(matrices(deployment)) == ["W"]
+    assert [(o.code, o.reason) for o in deployment.plan.digital] == [("element-type", "weights of type int32")]
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_dynamically_quantised_model(
+    discrete: bool, compile_text: Compile, weight: Weight, discrete_target: Callable[..., Any]
+) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[N,6] x) => (float[N,5] y) <float ws = {{0.02}}, uint8 wz = {{117}}> {{
+            q, xs, xz = DynamicQuantizeLinear (x)
+            sum = MatMulInteger (q, W, xz, wz)
+            real = Cast <to=1> (sum)
+            scale = Mul (xs, ws)
+            y = Mul (real, scale)
+        }}""",
+        {"W": weight(6, 5, dtype=np.uint8)},
+        **({"target": discrete_target(levels=16, slices=2)} if discrete else {}),
+    )
+    assert matrices(deployment) == {"W": [1, 5, 6]}
+    assert [o.relative_error for o in deployment.plan.verification.layers] == [0.0]
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_statically_quantised_model(
+    discrete: bool, compile_text: Compile, weight: Weight, discrete_target: Callable[..., Any]
+) -> None:
+    """What ONNX Runtime's quantiser writes: quantisers around a Conv whose weights and bias are dequantised."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[N,3,6,6] x) => (float[N,4,4,4] y)
+        <float xs = {{0.02}}, uint8 xz = {{128}}, float ys = {{0.3}}, uint8 yz = {{120}}> {{
+            q = QuantizeLinear (x, xs, xz)
+            d = DequantizeLinear (q, xs, xz)
+            w = DequantizeLinear <axis=0> (W, ws, wz)
+            b = DequantizeLinear <axis=0> (B, bs, bz)
+            c = Conv (d, w, b)
+            r = Relu (c)
+            p = QuantizeLinear (r, ys, yz)
+            y = DequantizeLinear (p, ys, yz)
+        }}""",
+        {
+            "W": weight(4, 3, 3, 3, dtype=np.int8),
+            "ws": np.linspace(0.01, 0.04, 4, dtype=np.float32),
+            "wz": np.zeros(4, np.int8),
+            "B": np.arange(4, dtype=np.int32) * 500,
+            "bs": np.linspace(0.0002, 0.0008, 4, dtype=np.float32),
+            "bz": np.zeros(4, np.int32),
+        },
+        **({"target": discrete_target(levels=16, slices=2)} if discrete else {}),
+    )
+    assert matrices(deployment) == {"W": [1, 4, 27]}
+    assert deployment.plan.layers[0].constant_chain == ["DequantizeLinear_w"]

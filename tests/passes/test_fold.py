@@ -266,3 +266,12 @@ def test_a_fold_that_overflows_stays(compile_text: Compile, weight: Weight) -> N
         {"W": weight(5, 4)} | norm,
     )
     assert folds(deployment) == []
+
+
+def test_a_vector_that_raises_a_scalar_stays(compile_text: Compile, weight: Weight) -> None:
+    """The product of two vectors has no axis; times [1] it has one, which what follows needs."""
+    deployment = compile_text(
+        f"{HEADER} g (float[4] x) => (float[] y) {{ a = MatMul (x, W) b = Mul (a, k) y = Concat <axis=0> (b, b) }}",
+        {"W": weight(4), "k": weight(1)},
+    )
+    assert not deployment.plan.layers[0].folds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import onnx
 import pytest
 
 import rerampile
-from rerampile.layer import MatrixView
+from rerampile.matrix_view import MatrixView
 from rerampile.plan_schema import plan_schema
 
 REMEDY = "regenerate it with: python docs/plan_format.py"
@@ -127,6 +128,43 @@ def test_the_reader_refuses_a_newer_version(reader: dict[str, Any], example: Pat
     (tmp_path / "plan.json").write_text(json.dumps(newer))
     with pytest.raises(ValueError, match="version"):
         reader["read"](tmp_path)
+
+
+def test_the_deployed_model_has_windows_into_the_cells(
+    reader: dict[str, Any], model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    hardware = rerampile.Target(name="test", rows=24, columns=24, **TARGETS["slices"])
+    folder = rerampile.compile_model(model, out=tmp_path / "out", target=hardware).folder
+    plan, tensors = reader["read"](folder)
+    data = (folder / "conductances.safetensors").read_bytes()
+    windows: dict[str, np.ndarray] = {}
+    for tensor in onnx.load(folder / "deployed.onnx", load_external_data=False).graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where.get("location") == "conductances.safetensors":
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            values = np.frombuffer(data, dtype, int(where["length"]) // dtype.itemsize, int(where["offset"]))
+            windows[tensor.name] = values.reshape(tuple(tensor.dims))
+    for layer in plan["layers"]:
+        name, cells = layer["name"], tensors[layer["cells_tensor"]]
+        for k in range(layer["slices"]):
+            for cell, role in enumerate(("plus", "minus")):
+                np.testing.assert_array_equal(windows.pop(f"{name}.g_{role}_{k}"), cells[k, cell])
+        np.testing.assert_array_equal(windows.pop(f"{name}.gain"), tensors[layer["gain_tensor"]][:, None])
+    assert windows == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("significances", [2.0]), ("unit", "level"), ("zero_cells", [[1e-6, 1e-6]]), ("reference", 5e-6), ("cells", 1)],
+)
+def test_what_the_plan_spells_out_is_verified(example: Path, tmp_path: Path, field: str, value: object) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(example, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["layers"][0][field] = value
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(rerampile.PlanFormatError, match=field if field != "cells" else "cell"):
+        rerampile.verify_deployment(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,110 @@
+"""Verification: it passes what is right, and sees what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from rerampile import PASSES, FaultRunError, InternalError, Target, compile_model, verify_deployment
+from rerampile.runtime.compare import output_error, require_tolerance
+from rerampile.unit import Unit
+
+NAN, INF = np.nan, np.inf
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "error", "relative"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0, 0),
+        ([1.5, -4.0], [1.0, -4.0], 0.5, 0.125),
+        ([0.5], [0.0], 0.5, 0.5),  # nothing to compare with: the error itself
+        ([NAN, 1.0], [NAN, 1.0], 0, 0),
+        ([INF, 1.0], [INF, 2.0], 1, 0.5),
+        ([NAN], [1.0], -1, -1),
+        ([1.0], [NAN], -1, -1),
+        ([INF], [-INF], -1, -1),
+        ([1.0, 2.0], [1.0], -1, -1),
+        ([], [], 0, 0),
+        ([True, False], [True, True], 1, 1),
+        ([2**62], [2**62], 0, 0),
+    ],
+)
+def test_output_error(found: list[Any], reference: list[Any], error: float, relative: float) -> None:
+    result = output_error("y", np.array(found), np.array(reference))
+    assert (result.output, result.max_abs_error, result.relative_error) == ("y", error, relative)
+
+
+def test_outputs_of_other_kinds() -> None:
+    """Sequences, maps and text are compared as well."""
+    assert output_error("y", [np.ones(2), np.zeros(1)], [np.ones(2), np.zeros(1)]).relative_error == 0
+    assert output_error("y", [np.ones(2)], [np.ones(2), np.zeros(1)]).relative_error == -1
+    assert output_error("y", [{1: 0.5, 2: 0.25}], [{1: 0.5, 2: 0.5}]).relative_error == 0.125
+    assert output_error("y", np.array(["cat"], object), np.array(["cat"], object)).relative_error == 0
+    assert output_error("y", np.array(["cat"], object), np.array(["cow"], object)).relative_error > 0
+
+
+def test_tolerance() -> None:
+    error = output_error("y", np.array([1.5, -4.0]), np.array([1.0, -4.0]))
+    require_tolerance([error], 0.125, "m.onnx")
+    with pytest.raises(FaultRunError, match=r"m.onnx: output 'y' of the deployed model is off by 0.125 of its largest"):
+        require_tolerance([error], 0.12, "m.onnx")
+    with pytest.raises(FaultRunError, match="another shape, or is not finite where the reference is"):
+        require_tolerance([output_error("y", np.array([NAN]), np.array([1.0]))], INF, "m.onnx")
+
+
+@dataclass(frozen=True)
+class Spoil:
+    """A pass that changes what the map pass has found: what a bug would do."""
+
+    factor: float
+    name: str = "spoil"
+
+    def run(self, unit: Unit) -> Unit:
+        mapped = {k: replace(m, gain=(m.gain * np.float32(self.factor))) for k, m in unit.mapped.items()}
+        return replace(unit, mapped=mapped)
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        return {}
+
+
+def test_a_wrong_weight_is_a_bug_that_is_seen(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    passes = (*PASSES[:3], Spoil(0.5), *PASSES[3:])  # full scale is then clipped away
+    with pytest.raises(InternalError, match=r"layer 'conv_weight': a decoded weight is .* off \(bound"):
+        compile_model(small_model, out=tmp_path / "out", passes=passes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_before_emit_is_a_bug(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match="verify runs before emit"):
+        compile_model(small_model, out=tmp_path / "out", passes=(PASSES[0], PASSES[-1]))
+
+
+def test_what_the_plan_records(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", image=rng.standard_normal((7, 3, 4, 4), dtype=np.float32))
+    deployment = compile_model(small_model, out=tmp_path / "out", inputs=tmp_path / "real.npz", tolerance=0.01)
+    found = deployment.plan.verification
+    assert found is not None
+    assert (found.inputs, found.tolerance) == ("real.npz", 0.01)
+    assert 0 < found.max_weight_error_of_bound <= 1
+    assert [o.output for o in found.outputs] == ["scores"]
+    (tmp_path / "real.npz").unlink()
+    again = verify_deployment(deployment.folder)
+    assert again.outputs[0].relative_error <= 1e-6
+    assert again.tolerance == 0.01
+
+
+def test_discrete_levels_are_compared_with_what_they_hold(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    """Coarse levels change what the model says; that error is told apart from an error of the compiler."""
+    cell = {"g_off": 1e-6, "g_on": 1e-4, "levels": 4}
+    target = Target.from_dict({"name": "coarse", "rows": 64, "columns": 64, "cell": cell})
+    found = compile_model(small_model, out=tmp_path / "out", target=target).plan.verification
+    assert found is not None
+    assert found.outputs[0].relative_error < 1e-5
+    assert found.outputs_unquantised[0].relative_error > 0.01
