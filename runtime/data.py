@@ -737,10 +737,12 @@ def _open_generated(source: _Source) -> ArrayDataset:
     firsts = {array.shape[:1] for array in example.values()}
     whole = len(firsts) != 1 or () in firsts  # inputs that no common first axis counts are generated as a whole
 
+    seed = source.seed  # by itself: what fetches must not keep the session alive
+
     def one(index: int) -> list[npt.NDArray[Any]]:
         return [
             random_array(
-                array.dtype, array.shape if whole else array.shape[1:], np.random.default_rng([source.seed, k, index])
+                array.dtype, array.shape if whole else array.shape[1:], np.random.default_rng([seed, k, index])
             )
             for k, array in enumerate(example.values())
         ]

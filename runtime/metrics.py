@@ -22,6 +22,8 @@ __all__ = ["Accuracy", "Agreement", "Metric", "MetricResult", "open_metric"]
 Scores = npt.NDArray[np.float32]
 Outputs = Sequence[Any]
 
+_WRONG = np.iinfo(np.int64).max  # the rank of a label in outputs that are not finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
@@ -154,7 +156,7 @@ class Accuracy:
                 f"{scores.shape[1] - 1} as the model has {scores.shape[1]} classes"
             )
         finite = np.isfinite(scores).all(axis=1)
-        ranks = np.where(finite, _ranks(scores, labels), scores.shape[1])
+        ranks = np.where(finite, _ranks(scores, labels), _WRONG)
         self._ranks.append(ranks)
         self._indices.append(batch.indices)
         self._non_finite += int(count - finite.sum())

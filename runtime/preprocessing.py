@@ -236,7 +236,7 @@ class Pipeline:
             scaled = _scaled(image, max(ratios) / self.crop, least=size)
         if scaled != (height, width):
             image = image.resize(scaled[::-1], Image.Resampling.BILINEAR)
-        top, left = (round((outer - inner) / 2) for outer, inner in zip(size, scaled, strict=True))
+        top, left = (int((outer - inner) / 2) for outer, inner in zip(size, scaled, strict=True))
         placement = Placement(scaled[1] / width, scaled[0] / height, left, top)
         if self.resize == "short":
             return image.crop((-left, -top, size[1] - left, size[0] - top)), placement
