@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,14 @@ def blocked_model(deployment: Deployment, plain: PlainModel) -> BlockedModel:
     return BlockedModel(proto=proto, shapes=found.shapes, places=found.places)
 
 
-def plain_buffers(deployment: Deployment, plain: PlainModel) -> WeightBuffers:
-    """Return buffers for the weight tensors as nodes read them."""
+def plain_buffers(
+    deployment: Deployment, plain: PlainModel, int8_scales: Mapping[int, npt.NDArray[np.float32]] | None = None
+) -> WeightBuffers:
+    """Return buffers for the weight tensors as nodes read them, some of them int8."""
     layers = deployment.plan.layers
     places = [tensor_place(name, n, layer) for n, (name, layer) in enumerate(zip(plain.weights, layers, strict=True))]
-    return WeightBuffers({n: tuple(x.weight_shape) for n, x in zip(plain.weights, layers, strict=True)}, places)
+    shapes = {name: tuple(layer.weight_shape) for name, layer in zip(plain.weights, layers, strict=True)}
+    return WeightBuffers(shapes, places, int8_scales)
 
 
 def _optimised(deployment: Deployment, plain: PlainModel, numbering: _Numbering, sign: int, folder: Path) -> ModelFile:

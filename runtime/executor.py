@@ -8,9 +8,11 @@ chips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
@@ -20,16 +22,19 @@ from rerampile.errors import ConfigError, FaultRunError
 from rerampile.runtime.blocked_weights import NotApplicableError, blocked_model, plain_buffers
 from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
+from rerampile.runtime.quantised import quantised_model
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.weight_buffers import WeightBuffers
 
 if TYPE_CHECKING:
     from rerampile.runtime.inject import LayerFaults, Leaks
 
-__all__ = ["Executor", "Inputs", "Method", "open_executor"]
+__all__ = ["Executor", "Inputs", "Method", "Outputs", "Precision", "open_executor"]
 
 Inputs = Mapping[str, npt.NDArray[Any]]
+Outputs = list[npt.NDArray[Any]]
 Method = Literal["auto", "fast", "slow"]
+Precision = Literal["fp32", "int8"]
 
 _CPU = "CPUExecutionProvider"
 
@@ -39,13 +44,15 @@ class Executor(Protocol):
 
     Attributes:
         method: ``fast`` or ``slow``.
-        reason: Why this one.
+        reason: Why this one, in words.
+        fidelity: Of int8: rms of the differences from fp32 on the calibration inputs, over that of the outputs.
     """
 
     method: str
     reason: str
+    fidelity: float | None
 
-    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+    def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs of the present chip, in the model's order.
 
         Raises:
@@ -65,40 +72,47 @@ class Executor(Protocol):
 def open_executor(
     deployment: Deployment,
     *,
-    precision: Literal["fp32"] = "fp32",
+    precision: Precision = "fp32",
     provider: str = _CPU,
     method: Method = "auto",
     threads: int | None = None,
+    calibration: Sequence[Inputs] = (),
 ) -> Executor:
     """Open a deployed model.
 
     Args:
         deployment: The deployment.
-        precision: The arithmetic.
+        precision: The arithmetic: ``fp32``, or ``int8`` for cells of at most 8 bits; layers that int8 has no kernel
+            for, or that leak, stay in fp32. int8 runs the slow way.
         provider: Execution provider of ONNX Runtime.
         method: ``fast`` and ``slow`` insist; ``auto`` takes the fast way where it applies.
         threads: Threads inside an operator, or None for ONNX Runtime's choice.
+        calibration: Inputs from which int8 learns the ranges of activations.
 
     Raises:
         ConfigError: The precision, the provider or the fast way does not exist here.
-        FaultRunError: ONNX Runtime refuses the model.
+        FaultRunError: ONNX Runtime refuses the model, or this CPU has no exact int8.
     """
-    if precision != "fp32":
-        raise ConfigError(f"--precision {precision}: expected fp32")
     if provider not in ort.get_available_providers():
         raise ConfigError(
             f"--provider {provider}: not in this ONNX Runtime, which has {', '.join(ort.get_available_providers())}; "
             f"CUDA comes with the package onnxruntime-gpu"
         )
     plain = plain_model(deployment)
+    if precision == "int8":
+        return _open_int8(deployment, plain, provider, method, threads, calibration)
+    if precision != "fp32":
+        raise ConfigError(f"--precision {precision}: expected fp32 or int8")
     if method == "slow":
         return _SlowExecutor(deployment, plain, provider, threads, "asked for")
-    reason = _leaking_layers(deployment) if method == "auto" else None
-    if provider != _CPU:
-        reason = f"weights are laid out for the CPU, not for {provider}"
+    leaking = _leaking_layers(deployment) if method == "auto" else {}
     try:
-        if reason is not None:
-            raise NotApplicableError(reason)
+        if provider != _CPU:
+            raise NotApplicableError(f"weights are laid out for the CPU, not for {provider}")
+        if leaking:
+            layer, array = min(leaking.items())
+            name = deployment.plan.layers[layer].name
+            raise NotApplicableError(f"array {array} holds several groups of layer '{name}', whose stuck cells leak")
         return _FastExecutor(deployment, plain, threads)
     except NotApplicableError as error:
         if method == "fast":
@@ -106,23 +120,60 @@ def open_executor(
         return _SlowExecutor(deployment, plain, provider, threads, str(error))
 
 
-def _leaking_layers(deployment: Deployment) -> str | None:
-    """Say which layer has arrays that hold several of its groups, where stuck spare cells leak; None if none has."""
+def _open_int8(
+    deployment: Deployment,
+    plain: PlainModel,
+    provider: str,
+    method: Method,
+    threads: int | None,
+    calibration: Sequence[Inputs],
+) -> Executor:
+    """Open a deployed model in int8, and measure on the calibration inputs how far it is from fp32."""
+    if method == "fast" or provider != _CPU:
+        raise ConfigError(f"--precision int8: runs the slow way on {_CPU} alone, not {method} on {provider}; use fp32")
+    if not calibration:
+        raise ConfigError("--precision int8: no calibration inputs, expected at least one batch of real data")
+    quantised = quantised_model(deployment, plain, calibration, _leaking_layers(deployment).keys())
+    exact = _SlowExecutor(deployment, plain, provider, threads, "asked for")
+    expected = [exact.run(inputs) for inputs in calibration]
+    del exact
+    executor = _SlowExecutor(deployment, quantised.plain, provider, threads, "int8", quantised.scales)
+    found = [executor.run(inputs) for inputs in calibration]
+    executor.fidelity = _relative_error(found, expected)
+    executor.reason = (
+        f"int8 in {len(quantised.scales)} of {len(plain.weights)} layers; on the calibration inputs the outputs are "
+        f"{executor.fidelity:.2%} (rms) from fp32"
+    )
+    return executor
+
+
+def _relative_error(found: Sequence[Outputs], expected: Sequence[Outputs]) -> float:
+    """Return the root mean square of the differences over that of the expected outputs."""
+    squares = [0.0, 0.0]
+    for f, e in ((f, e) for pair in zip(found, expected, strict=True) for f, e in zip(*pair, strict=True)):
+        squares[0] += float(np.square(f.astype(np.float64) - e).sum())
+        squares[1] += float(np.square(e.astype(np.float64)).sum())
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else math.sqrt(squares[0])
+
+
+def _leaking_layers(deployment: Deployment) -> dict[int, int]:
+    """Return the layers of which an array holds several groups, so that stuck spare cells leak, and the array."""
+    found: dict[int, int] = {}
     for array in deployment.plan.arrays:
-        groups: dict[int, set[tuple[int, int]]] = {}
+        groups: dict[int, set[int]] = {}
         for partition in array.partitions:
-            groups.setdefault(partition.layer, set()).add(partition.groups)
-        for layer, spans in groups.items():
-            if len(spans) > 1 or any(last - first > 1 for first, last in spans):
-                name = deployment.plan.layers[layer].name
-                return f"array {array.id} holds several groups of layer '{name}', whose stuck spare cells leak"
-    return None
+            groups.setdefault(partition.layer, set()).update(range(*partition.groups))
+        for layer, held in groups.items():
+            if len(held) > 1:
+                found.setdefault(layer, array.id)
+    return found
 
 
 class _PatchedExecutor:
     """What both ways share: weights in buffers of their own, patched and restored."""
 
     method: str
+    fidelity: float | None = None
 
     def __init__(self, deployment: Deployment, buffers: WeightBuffers, reason: str) -> None:
         self.reason = reason
@@ -165,7 +216,7 @@ class _FastExecutor(_PatchedExecutor):
         if odd := next((v for v in values if not v.type.startswith("tensor(")), None):
             raise NotApplicableError(f"'{odd.name}' is a {odd.type}, not a tensor")
 
-    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+    def run(self, inputs: Inputs) -> Outputs:
         return list(run(self._session, {**self._buffers.arrays, **inputs}))
 
 
@@ -175,16 +226,22 @@ class _SlowExecutor(_PatchedExecutor):
     method = "slow"
 
     def __init__(
-        self, deployment: Deployment, plain: PlainModel, provider: str, threads: int | None, reason: str
+        self,
+        deployment: Deployment,
+        plain: PlainModel,
+        provider: str,
+        threads: int | None,
+        reason: str,
+        int8_scales: Mapping[int, npt.NDArray[np.float32]] | None = None,
     ) -> None:
-        super().__init__(deployment, plain_buffers(deployment, plain), reason)
+        super().__init__(deployment, plain_buffers(deployment, plain, int8_scales), reason)
         self._plain = plain
         self._providers = [provider] if provider == _CPU else [provider, _CPU]
         self._threads = threads
         self._leaks: list[tuple[int, Leaks]] = []
         self._opened: tuple[Any, Any] | None = None  # the session, and the memory that it reads
 
-    def run(self, inputs: Inputs) -> list[npt.NDArray[Any]]:
+    def run(self, inputs: Inputs) -> Outputs:
         if self._opened is None:
             self._opened = self._open()
         return list(run(self._opened[0], inputs))

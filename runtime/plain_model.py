@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx.inliner
@@ -72,15 +71,15 @@ def plain_model(deployment: Deployment) -> PlainModel:
     return PlainModel(proto=inlined, weights=weights)
 
 
-def declare_weight(graph: onnx.GraphProto, name: str, shape: Collection[int]) -> None:
-    """Add a float32 initializer whose values a session is given when it is opened."""
-    tensor = graph.initializer.add(
-        name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL
-    )
+def declare_weight(
+    graph: onnx.GraphProto, name: str, shape: Collection[int], element_type: int = TensorProto.FLOAT
+) -> None:
+    """Add an initializer whose values a session is given when it is opened."""
+    tensor = graph.initializer.add(name=name, data_type=element_type, dims=shape, data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=CONDUCTANCES)
 
 
-def weight_options(deployment: Deployment, values: Mapping[str, npt.NDArray[np.float32]]) -> Any:
+def weight_options(deployment: Deployment, values: Mapping[str, npt.NDArray[Any]]) -> Any:
     """Return session options that give a plain model its weights.
 
     They are given as external initializers: ONNX Runtime's ``add_initializer`` acts only after constants were folded,
@@ -88,7 +87,7 @@ def weight_options(deployment: Deployment, values: Mapping[str, npt.NDArray[np.f
 
     Args:
         deployment: Where the model's digital tensors lie.
-        values: float32 weight tensors by name. They must outlive the session, which may read them where they are.
+        values: Weight tensors by name. They must outlive the session, which may read them where they are.
     """
     options = ort.SessionOptions()
     shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in values.values()]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,31 +68,43 @@ def _outer_sum(offsets: Sequence[Integers]) -> Integers:
 
 
 class WeightBuffers:
-    """Aligned float32 buffers by name, and the way from a layer's weights to their places in them.
+    """Aligned buffers by name, and the way from a layer's weights to their places in them.
 
     Args:
         shapes: Shape of each buffer, by name.
         places: Where layers lie in them; a layer may lie in several.
+        int8_scales: Scale of each matrix row of the layers that are held as int8, by position in the plan's layers.
+            All others are held as float32.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], places: Sequence[Place]) -> None:
-        self.arrays = {name: aligned_zeros(shape) for name, shape in shapes.items()}
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        places: Sequence[Place],
+        int8_scales: Mapping[int, Floats] | None = None,
+    ) -> None:
+        self._scales = dict(int8_scales or {})
+        self.arrays = {
+            place.buffer: aligned_zeros(shapes[place.buffer], np.int8 if place.layer in self._scales else np.float32)
+            for place in places
+        }
         self._flat = {name: array.reshape(-1) for name, array in self.arrays.items()}
         self._places: dict[int, list[Place]] = {}
         for place in places:
             self._places.setdefault(place.layer, []).append(place)
-        self._undo: list[tuple[Floats, Integers, Floats]] = []
+        self._undo: list[tuple[npt.NDArray[Any], Integers, npt.NDArray[Any]]] = []
 
     def fill(self, layer: int, weights: Floats) -> None:
         """Put a layer's weights, float32 [groups * outputs, inputs], into all their places."""
         step = max(1, _CHUNK // max(1, weights.shape[1]))
         for place in self._places[layer]:
             for first in range(0, len(weights), step):
-                rows = place.rows[first : first + step, None] + place.columns
-                self._flat[place.buffer][rows] = weights[first : first + step]
+                rows = np.arange(first, min(first + step, len(weights)))
+                held = self._held(layer, rows[:, None], weights[rows])
+                self._flat[place.buffer][place.rows[rows, None] + place.columns] = held
 
     def read(self, layer: int) -> Floats:
-        """Return a layer's weights as they are now, float32 [groups * outputs, inputs]."""
+        """Return the weights of a layer that is held as float32, as they are now, [groups * outputs, inputs]."""
         place = self._places[layer][0]
         weights: Floats = self._flat[place.buffer][place.rows[:, None] + place.columns]
         return weights
@@ -101,7 +114,15 @@ class WeightBuffers:
         for place in self._places[layer]:
             flat, positions = self._flat[place.buffer], place.positions(index)
             self._undo.append((flat, positions, flat[positions]))
-            flat[positions] = value
+            flat[positions] = self._held(layer, index // len(place.columns), value)
+
+    def _held(self, layer: int, rows: Integers, weights: Floats) -> npt.NDArray[Any]:
+        """Return weights of some matrix rows as their buffers hold them."""
+        scale = self._scales.get(layer)
+        if scale is None:
+            return weights
+        steps: npt.NDArray[np.int8] = np.clip(np.rint(weights / scale[rows]), -128, 127).astype(np.int8)
+        return steps
 
     def restore(self) -> None:
         """Undo every patch, bit for bit."""
@@ -110,9 +131,9 @@ class WeightBuffers:
             flat[positions] = before
 
 
-def aligned_zeros(shape: Sequence[int]) -> Floats:
-    """Return float32 zeros that start at a multiple of 64 bytes."""
-    size = math.prod(shape) * 4
+def aligned_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return zeros that start at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(np.float32).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape)

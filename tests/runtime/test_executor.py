@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
 
 from rerampile import ConfigError, Deployment, FaultRunError, Target, compile_model
-from rerampile.layer import MatrixView
+from rerampile.matrix_view import MatrixView
 from rerampile.plan import LayerPlan
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.inject import LayerFaults, Leaks
 from rerampile.runtime.inputs import fitting_inputs
+from rerampile.runtime.quantised import require_dot_products
 from rerampile.runtime.session import open_session, run
 from rerampile.target import Cell
 
@@ -310,6 +311,115 @@ def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
         open_executor(deployment, provider="CUDAExecutionProvider")
     with pytest.raises(FaultRunError, match="ONNX Runtime cannot run the model"):
         open_executor(deployment).run({"x": np.zeros((1, 1), np.float32), "c": np.array(True)})
+
+
+# Two quantised layers, and one whose groups share an array: it stays in fp32.
+INT8: Case = (
+    "(float[N,4,8,8] x) => (float[] y) { a = Conv <pads=[1,1,1,1]> (x, A, v) b = Relu (a)"
+    " c = Conv <group=4> (b, B) d = GlobalAveragePool (c) e = Flatten (d) y = Gemm <transB=1> (e, C, u) }",
+    {"A": (8, 4, 3, 3), "v": (8,), "B": (12, 2, 3, 3), "C": (10, 12), "u": (10,)},
+)
+CALIBRATION = [{"x": np.random.default_rng(9).standard_normal((16, 4, 8, 8), dtype=np.float32)}]
+
+
+def _levels(levels: int, slices: int = 1) -> Target:
+    return Target(name="t", rows=64, columns=64, cell=Cell(g_off=1e-6, g_on=1e-4, levels=levels), slices=slices)
+
+
+@pytest.fixture
+def _exact_int8() -> None:
+    """Skip where this CPU's int8 products saturate."""
+    try:
+        require_dot_products()
+    except FaultRunError as error:
+        pytest.skip(str(error))
+
+
+def test_int8_needs_a_cpu_that_does_not_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("rerampile.runtime.quantised._DOT_PRODUCTS", set())
+    with pytest.raises(FaultRunError, match="this CPU has neither VNNI nor AMX, its int8 products saturate; use fp32"):
+        require_dot_products()
+
+
+@pytest.mark.usefixtures("_exact_int8")
+@pytest.mark.parametrize(
+    ("levels", "slices", "mapping"), [(128, 1, "differential"), (16, 2, "two_column"), (256, 1, "offset")]
+)
+def test_int8_beside_fp32(levels: int, slices: int, mapping: Any, tmp_path: Path) -> None:
+    """Chips give what they give in fp32 but for rounded activations, leaks included."""
+    target = _levels(levels, slices)
+    deployment = compile_model(_model(INT8), out=tmp_path / "out", target=target, mapping=mapping)
+    int8 = open_executor(deployment, precision="int8", calibration=CALIBRATION)
+    exact = open_executor(deployment, method="slow")
+    assert int8.fidelity is not None
+    assert 0 < int8.fidelity < 0.03
+    assert int8.reason.startswith("int8 in 2 of 3 layers; on the calibration inputs the outputs are")
+    clean = int8.run(CALIBRATION[0])[0]
+    chip = _faults(deployment, 1, rate=0.02)
+    steps = [
+        deployment.gain(layer)[fault.index // layer.inputs]
+        for fault, layer in zip(chip, deployment.plan.layers, strict=True)
+    ]
+    chip = [
+        LayerFaults(
+            layer=fault.layer,
+            index=fault.index,
+            value=(step * np.float32(9)),
+            leaks=_leaks(deployment.plan.layers[1], [(0, 1)], 4) if fault.layer == 1 else None,
+        )
+        for fault, step in zip(chip, steps, strict=True)
+    ]
+    for executor in (int8, exact):
+        executor.apply(chip)
+    found, expected = int8.run(CALIBRATION[0])[0], exact.run(CALIBRATION[0])[0]
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 0.05
+    int8.restore()
+    assert int8.run(CALIBRATION[0])[0].tobytes() == clean.tobytes()
+
+
+@pytest.mark.usefixtures("_exact_int8")
+def test_int8_single_fault(tmp_path: Path) -> None:
+    """One step more on weight (4, 2) of a product adds one gain times the rounded input 2 to output 4 alone."""
+    text = "(float[N,5] x) => (float[] y) { y = Gemm <transB=1> (x, A, v) }"
+    deployment = compile_model(_model((text, {"A": (7, 5), "v": (7,)})), out=tmp_path / "out", target=_levels(64))
+    x = np.random.default_rng(1).standard_normal((30, 5), dtype=np.float32)
+    executor = open_executor(deployment, precision="int8", calibration=[{"x": x}])
+    clean = executor.run({"x": x})[0]
+    layer = deployment.plan.layers[0]
+    gain = deployment.gain(layer)[4]
+    value = deployment.weights(layer)[4, 2] + 20 * gain
+    executor.apply([LayerFaults(layer=0, index=np.array([22]), value=np.array([value], np.float32), leaks=None)])
+    change = executor.run({"x": x})[0] - clean
+    step = np.ptp(clean) / 255  # of the outputs, which are rounded to uint8 too
+    np.testing.assert_allclose(
+        change[:, 4], np.clip(clean[:, 4] + 20 * gain * x[:, 2], clean.min(), clean.max()) - clean[:, 4], atol=3 * step
+    )
+    assert not np.delete(change, 4, axis=1).any()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        (
+            None,
+            {"calibration": CALIBRATION},
+            "cells of analog or measured levels in layer 'A', expected levels uniform",
+        ),
+        (_levels(32, 2), {"calibration": CALIBRATION}, "cells of 1024 values in layer 'A', .* at most 256 values"),
+        (_levels(16), {}, "no calibration inputs, expected at least one batch"),
+        (
+            _levels(16),
+            {"calibration": CALIBRATION, "method": "fast"},
+            "runs the slow way on CPUExecutionProvider alone",
+        ),
+    ],
+)
+def test_int8_refusals(target: Target | None, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    more = {} if target is None else {"target": target}
+    deployment = compile_model(_model(INT8), out=tmp_path / "out", **more)
+    with pytest.raises(ConfigError, match=f"--precision int8: {message}"):
+        open_executor(deployment, precision="int8", **options)
 
 
 @pytest.mark.slow

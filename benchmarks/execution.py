@@ -1,0 +1,186 @@
+"""How long simulated chips take, as multiples of plain ONNX Runtime on the same images.
+
+A chip is drawn, injected, run on all images and undone. The yardstick runs the deployed model itself on the same
+images, with the same threads and batch. Both alternate in one process, and the median of the ratios is shown, because
+machines vary by more than what is measured. Where PyTorch is installed, its usual loop is timed beside them on ResNet18 for
+CIFAR: weights cloned, faults drawn as dense masks of both cells, forward, weights put back.
+
+Example:
+    python benchmarks/execution.py                          # ResNet18 for CIFAR, 1,000 images a chip
+    python benchmarks/execution.py --stem imagenet --images 64 --batch 4
+    python benchmarks/execution.py --model yolov4-tiny.onnx --images 64 --batch 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rerampile import Deployment, compile_model
+from rerampile.runtime.executor import open_executor
+from rerampile.runtime.fault_map import ChipGeometry
+from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.inject import Injector
+from rerampile.runtime.inputs import fitting_inputs
+from rerampile.runtime.session import open_session, run
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+STUCK_OFF, STUCK_ON = (share / 6.2 for share in (1, 5.2))
+
+Batches = list[dict[str, np.ndarray]]
+
+
+class Chips:
+    """Simulated chips of a deployment, one after another on the same images."""
+
+    def __init__(self, deployment: Deployment, batches: Batches, rate: float, method: Any, threads: int) -> None:
+        self.deployment, self.batches = deployment, batches
+        self.executor = open_executor(deployment, method=method, threads=threads)
+        self.model = FaultModel(stuck_off=rate * STUCK_OFF, stuck_on=rate * STUCK_ON)
+        self.injector, self.geometry = Injector(deployment), ChipGeometry.of(deployment)
+        self.number, self.drawing, self.setting = 0, 0.0, 0.0
+
+    def run_one(self) -> None:
+        """Draw, inject, run and undo the next chip; note how long drawing and setting up took."""
+        start = time.perf_counter()
+        found = draw_faults(self.geometry, self.model, self.deployment.target, seed=0, run=self.number)
+        faults = self.injector.faults(found)
+        drawn = time.perf_counter()
+        self.executor.apply(faults)
+        applied = time.perf_counter()
+        runs = [seconds(partial(self.executor.run, batch)) for batch in self.batches]
+        ran = time.perf_counter()
+        self.executor.restore()
+        self.number += 1
+        opening = runs[0] - statistics.median(runs[1:] or runs)  # the slow way opens its session when it first runs
+        self.drawing, self.setting = drawn - start, applied - drawn + opening + time.perf_counter() - ran
+
+
+def clean(session: Any, batches: Batches) -> None:
+    """Run all images on the deployed model."""
+    for batch in batches:
+        run(session, batch)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def torch_loop(batches: Batches, rate: float, threads: int) -> Callable[[], None] | None:
+    """Return the usual PyTorch loop for one chip, or None where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    sys.path.insert(0, str(MODELS))
+    from train_resnet18 import network
+
+    torch.set_num_threads(threads)
+    model = network(64).eval()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    images = [torch.from_numpy(next(iter(batch.values()))) for batch in batches]
+
+    def one_chip() -> None:
+        with torch.inference_mode():
+            saved = [w.clone() for w in weights]
+            for w in weights:
+                scale = w.abs().amax()
+                plus, minus = 1 - (-w / scale).clamp(min=0), 1 - (w / scale).clamp(min=0)
+                for cell in (plus, minus):
+                    u = torch.rand_like(cell)
+                    cell[u < rate * STUCK_OFF] = 0.0
+                    cell[u >= 1 - rate * STUCK_ON] = 1.0
+                w.copy_((plus - minus) * scale)
+            for batch in images:
+                model(batch)
+            for w, before in zip(weights, saved, strict=True):
+                w.copy_(before)
+
+    return one_chip
+
+
+def measure(deployment: Deployment, options: argparse.Namespace) -> None:
+    """Print the table of one deployment."""
+    import onnxruntime as ort
+
+    session_options = ort.SessionOptions()
+    session_options.intra_op_num_threads = options.threads
+    session = open_session(deployment.model_path, session_options)
+    batches = make_batches(session, options.images, options.batch)
+    torch_chip = torch_loop(batches, options.rate, options.threads) if options.torch else None
+    ways = {method: Chips(deployment, batches, options.rate, method, options.threads) for method in options.methods}
+    work: dict[str, Callable[[], None]] = {f"{method} way": chips.run_one for method, chips in ways.items()}
+    if torch_chip is not None:
+        work["PyTorch loop"] = torch_chip
+    ratios: dict[str, list[float]] = {name: [] for name in work}
+    parts: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    yardsticks = []
+    clean(session, batches[:1])
+    for _ in range(options.rounds):
+        for name, one_chip in work.items():  # the yardstick before and after each: drifts cancel
+            before = seconds(partial(clean, session, batches))
+            spent = seconds(one_chip)
+            after = seconds(partial(clean, session, batches))
+            ratios[name].append(2 * spent / (before + after))
+            yardsticks += [before, after]
+        for method, chips in ways.items():
+            parts[method].append((1e3 * chips.drawing, 1e3 * chips.setting))
+    weights = deployment.plan.totals.weights
+    print(f"{weights / 1e6:.1f} M weights, {options.images} images a chip, batch {options.batch}, f = {options.rate:g}")
+    print(f"{'plain ONNX Runtime':<20}1.000 ({statistics.median(yardsticks):.3f} s)")
+    for name, found in ratios.items():
+        low, high = min(found), max(found)
+        print(f"{name:<20}{statistics.median(found):.3f} ({low:.3f} to {high:.3f} in {len(found)} rounds)")
+    for method, found in parts.items():
+        draw, setting = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{method} way: drawing a chip {draw:.1f} ms, putting its faults in and out {setting:.1f} ms")
+
+
+def make_batches(session: Any, images: int, size: int) -> Batches:
+    """Return random images in batches, as the model's first input wants them."""
+    inputs, _ = fitting_inputs(session, 0)
+    (name, example), *others = inputs.items()
+    if others:
+        raise SystemExit(f"expected a model of one input, found {len(inputs)}")
+    rng = np.random.default_rng(0)
+    sizes = [size] * (images // size) + ([images % size] if images % size else [])
+    return [{name: rng.standard_normal((count, *example.shape[1:]), dtype=np.float32)} for count in sizes]
+
+
+def main() -> None:
+    """Compile a model, and time chips of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="an ONNX model of one input with a free batch (default: ResNet18)")
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of ResNet18")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=0.01, help="failure rate of a cell")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["fast", "slow"], choices=("fast", "slow"))
+    options = parser.parse_args()
+    options.torch = options.model is None and options.stem == "cifar"
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or Path(scratch) / "resnet18.onnx"
+        if options.model is None:
+            arguments = ["-o", str(model), "--stem", options.stem]
+            subprocess.run([sys.executable, str(MODELS / "resnet18.py"), *arguments], check=True)
+        measure(compile_model(model, out=Path(scratch) / "deployment"), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The plain model in int8: whole-numbered weights as they are, activations rounded to uint8.
+
+Cells of few levels hold whole steps, so their weights need no rounding: the scale of an output is its gain. The ranges
+of activations come from calibration inputs, through ONNX Runtime's own quantiser, which writes QuantizeLinear and
+DequantizeLinear nodes that its optimiser turns into integer kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.external_data_helper
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from rerampile.deployment import Deployment, layer_coding
+from rerampile.errors import ConfigError, FaultRunError
+from rerampile.plan import LayerPlan
+from rerampile.runtime.blocked_weights import plain_buffers
+from rerampile.runtime.plain_model import PlainModel, declare_weight
+
+__all__ = ["QuantisedModel", "quantised_model", "require_dot_products"]
+
+Floats = npt.NDArray[np.float32]
+Inputs = Mapping[str, npt.NDArray[Any]]
+
+_MOST_VALUES = 256  # of all slices of a cell together
+_OPSET = 13  # the first with a scale an output channel
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedModel:
+    """A plain model some of whose weights are int8.
+
+    Attributes:
+        plain: The model; quantised weights are int8 initializers without data.
+        scales: Scale of each row of the layers that are quantised, float32 [outputs], by position in the plan.
+    """
+
+    plain: PlainModel
+    scales: Mapping[int, Floats] = field(repr=False)
+
+
+def quantised_model(
+    deployment: Deployment, plain: PlainModel, calibration: Sequence[Inputs], float_layers: Collection[int]
+) -> QuantisedModel:
+    """Quantise a deployment's plain model.
+
+    Args:
+        deployment: The deployment.
+        plain: Its model with ordinary weights.
+        calibration: Inputs whose activations set the ranges.
+        float_layers: Layers to leave in fp32.
+
+    Raises:
+        ConfigError: The target's cells do not hold whole steps of at most 8 bits, or the model cannot be quantised.
+        FaultRunError: This CPU saturates int8 products, or ONNX Runtime's quantiser refuses the model.
+    """
+    from onnxruntime.quantization import QuantType  # half as much again to import as ONNX Runtime itself
+
+    _require_whole_steps(deployment)
+    require_dot_products()
+    clean = _clean_model(deployment, plain)
+    opset = next(o.version for o in clean.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < _OPSET:
+        raise ConfigError(f"--precision int8: operator set {opset}, expected {_OPSET} or newer; use fp32")
+    layers = deployment.plan.layers
+    readers = _readers(clean, plain)
+    overrides: dict[str, Any] = {}
+    nodes: set[str] = set()
+    for number, (layer, weight) in enumerate(zip(layers, plain.weights, strict=True)):
+        axis = _channel_axis(layer, weight, readers[weight])
+        if number not in float_layers and axis is not None:
+            fixed = {"quant_type": QuantType.QInt8, "axis": axis, "zero_point": np.int8(0)}
+            overrides[weight] = [{**fixed, "scale": value} for value in _scale(deployment, layer)]
+            nodes.update(node.name for node in readers[weight])
+    if not nodes:
+        raise ConfigError("--precision int8: no Conv, Gemm or MatMul of one group or fixed arrays; use fp32")
+    proto = _quantise(clean, calibration, nodes, overrides)
+    found = {tensor.name: tensor for tensor in proto.graph.initializer}
+    scales, names = {}, []
+    for number, weight in enumerate(plain.weights):
+        quantised = f"{weight}_quantized" in found
+        name, kind = (f"{weight}_quantized", TensorProto.INT8) if quantised else (weight, TensorProto.FLOAT)
+        if quantised:
+            scales[number] = numpy_helper.to_array(found[f"{weight}_scale"]).astype(np.float32)
+        proto.graph.initializer.remove(found[name])
+        declare_weight(proto.graph, name, layers[number].weight_shape, kind)
+        names.append(name)
+    return QuantisedModel(plain=PlainModel(proto=proto, weights=tuple(names)), scales=scales)
+
+
+def _require_whole_steps(deployment: Deployment) -> None:
+    for layer in deployment.plan.layers:
+        coding = layer_coding(deployment.target, layer)
+        if not coding.integer or coding.steps >= _MOST_VALUES:
+            found = "analog or measured levels" if not coding.integer else f"{coding.steps + 1} values"
+            raise ConfigError(
+                f"--precision int8: cells of {found} in layer '{layer.name}', expected levels uniform in conductance, "
+                f"at most {_MOST_VALUES} values in all slices together; use fp32"
+            )
+
+
+def require_dot_products() -> None:
+    """Refuse CPUs of the x86 family whose int8 products saturate at 16 bits.
+
+    Raises:
+        FaultRunError: This is one.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    if platform.machine().lower() in ("x86_64", "amd64") and not flags & _DOT_PRODUCTS:
+        raise FaultRunError("--precision int8: this CPU has neither VNNI nor AMX, its int8 products saturate; use fp32")
+
+
+def _clean_model(deployment: Deployment, plain: PlainModel) -> onnx.ModelProto:
+    """Return the plain model with its fault-free weights and all digital tensors in it, its nodes named uniquely."""
+    model = onnx.ModelProto()
+    model.CopyFrom(plain.proto)
+    buffers = plain_buffers(deployment, plain)
+    for number, layer in enumerate(deployment.plan.layers):
+        buffers.fill(number, deployment.weights(layer))
+    for tensor in model.graph.initializer:
+        if tensor.name in buffers.arrays:
+            tensor.CopyFrom(numpy_helper.from_array(buffers.arrays[tensor.name], tensor.name))
+    onnx.external_data_helper.load_external_data_for_model(model, str(deployment.folder))
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    return model
+
+
+def _readers(model: onnx.ModelProto, plain: PlainModel) -> dict[str, list[NodeProto]]:
+    """Return the nodes of the main graph that read each weight."""
+    readers: dict[str, list[NodeProto]] = {weight: [] for weight in plain.weights}
+    for node in model.graph.node:
+        for name in readers.keys() & set(node.input):
+            readers[name].append(node)
+    return readers
+
+
+def _channel_axis(layer: LayerPlan, weight: str, readers: Sequence[NodeProto]) -> int | None:
+    """Return the axis of the weight tensor that holds its matrix rows, or None where int8 has no kernel for it."""
+    axes = {_axis(layer, node) if list(node.input)[1:2] == [weight] else None for node in readers}
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _axis(layer: LayerPlan, node: NodeProto) -> int | None:
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "MatMul" and len(layer.weight_shape) == 2:
+        return 1
+    if node.op_type == "Gemm" and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0:
+        return 0 if attributes.get("transB", 0) else 1
+    return None
+
+
+def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
+    """Return the scale of each row: its gain where every difference fits int8, a whole multiple where it does not."""
+    coding = layer_coding(deployment.target, layer)
+    most, least = coding.steps, coding.steps
+    if coding.cells == 1:
+        most, least = int(coding.high - coding.reference), int(coding.reference)
+    multiple = max(-(-most // 127), -(-least // 128))
+    return deployment.gain(layer) * np.float32(multiple)
+
+
+def _quantise(
+    model: onnx.ModelProto, calibration: Sequence[Inputs], nodes: Collection[str], overrides: Mapping[str, Any]
+) -> onnx.ModelProto:
+    """Run ONNX Runtime's quantiser: nodes of mapped layers with given scales, everything between them calibrated."""
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "quantised.onnx"
+        try:
+            quantize_static(
+                model,
+                path,
+                _Reader(calibration),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=[n.name for n in model.graph.node if n.op_type in _WEIGHTED and n.name not in nodes],
+                extra_options={"TensorQuantOverrides": dict(overrides)},
+            )
+        except Exception as error:
+            raise FaultRunError(
+                f"--precision int8: ONNX Runtime cannot quantise the model: {' '.join(str(error).split())[:300]}"
+            ) from error
+        return onnx.load_model(path)
+
+
+class _Reader:
+    """Calibration inputs, as ONNX Runtime's quantiser wants to be handed them."""
+
+    def __init__(self, inputs: Sequence[Inputs]) -> None:
+        self._inputs = iter(inputs)
+
+    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
+        """Return the next inputs, None after the last."""
+        return next((dict(inputs) for inputs in self._inputs), None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantiser's advice out of the log: its model was prepared by the compiler."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
