@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rerampile.errors import ConfigError, DataError
-from rerampile.runtime.data import open_dataset, write_first_image
+from rerampile.runtime.data import open_dataset, spread, write_first_image
 from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.session import open_session
 
@@ -419,3 +419,8 @@ def test_images_need_one_input(tmp_path, opened):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         open_dataset(f"imagefolder:{tmp_path / 'empty'}", opened("float[N, 3, 8, 8] x"))
+
+
+def test_spread_covers_the_whole():
+    assert spread(1000, 4).tolist() == [0, 333, 666, 999]
+    assert spread(7, 7).tolist() == list(range(7))
