@@ -100,7 +100,6 @@ class _Stuck:
     Attributes:
         layer: The layer whose row and column cross there.
         at_home: Whether the cell holds a weight, or lies beside the blocks.
-        line: array * rows + row, of the first array where the cells of a weight lie on twins.
         in_row: group * inputs + input of the row.
         out_row: group * outputs + output of the column.
         part: slice * cells + role of the cell.
@@ -109,7 +108,6 @@ class _Stuck:
 
     layer: Integers
     at_home: npt.NDArray[np.bool_]
-    line: Integers
     in_row: Integers
     out_row: Integers
     part: Integers
@@ -175,16 +173,14 @@ class _Places:
         """Return the faults that matter: those on a row and a column of the same layer."""
         geometry = self.geometry
         row, column = np.divmod(fault_map.cell, geometry.columns)
-        array = row // geometry.rows
-        column += array * geometry.columns
+        column += row // geometry.rows * geometry.columns
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
-        row, column, array = row[matters], column[matters], array[matters]
+        row, column = row[matters], column[matters]
         return _Stuck(
             layer=layer[matters],
             at_home=(row_block == column_block)[matters],
-            line=row + (np.minimum(array, geometry.twin[array]) - array) * geometry.rows,
             in_row=self.row_in[row],
             out_row=self.column_out[column],
             part=self.column_part[column],
@@ -237,28 +233,21 @@ class _LayerCells:
     def faults(self, number: int, stuck: _Stuck) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number."""
         home, away = stuck.take(stuck.at_home), stuck.take(~stuck.at_home)
-        in_row, out_row, extra = self._crossings(away)
-        group, input_ = np.divmod(in_row, self.plan.inputs)
-        inside = group == out_row // self.plan.outputs
+        extra = self._crossings(away)
+        group, input_ = np.divmod(away.in_row, self.plan.inputs)
+        inside = (group == away.out_row // self.plan.outputs) & (extra != 0)
         positions = home.out_row * self.plan.inputs + home.in_row % self.plan.inputs
-        extra_positions = (out_row * self.plan.inputs + input_)[inside]
+        extra_positions = (away.out_row * self.plan.inputs + input_)[inside]
         index, at = _unique(np.concatenate([positions, extra_positions]))
         value = self._weights(self.cells.take(index, axis=1), at[: len(positions)], home, index // self.plan.inputs)
         np.add.at(value, at[len(positions) :], extra[inside])
-        leaks = self._leaks(in_row[~inside], out_row[~inside], extra[~inside])
+        leaks = self._leaks(away.take(~inside), extra[~inside])
         return LayerFaults(layer=number, index=index, value=value, leaks=leaks)
 
-    def _crossings(self, stuck: _Stuck) -> tuple[Integers, Integers, Floats]:
-        """Return in_row, out_row and weight of each place beside the blocks that is not zero any more."""
-        rows = len(self.gain)
-        site, at = _unique(stuck.line * rows + stuck.out_row)
-        in_row = np.zeros(len(site), np.int64)
-        in_row[at] = stuck.in_row
-        out_row = site % rows
-        zero = self.coding.zero_cells.reshape(-1, 1)
-        value = self._weights(np.repeat(zero, len(site), axis=1), at, stuck, out_row)
-        nonzero = value != 0
-        return in_row[nonzero], out_row[nonzero], value[nonzero]
+    def _crossings(self, stuck: _Stuck) -> Floats:
+        """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear."""
+        zeros = np.repeat(self.coding.zero_cells.reshape(-1, 1), len(stuck.part), axis=1)
+        return self._weights(zeros, np.arange(len(stuck.part)), stuck, stuck.out_row)
 
     def _weights(self, cells: npt.NDArray[Any], at: Integers, stuck: _Stuck, out_row: Integers) -> Floats:
         """Return the weights that cells hold when some are stuck, float32 [weights].
@@ -283,15 +272,14 @@ class _LayerCells:
         steps = (self.coding.levels or 0) - 1
         return ((conductance.astype(np.float64) - off) / (np.float64(on) - off) * steps).astype(np.float32)
 
-    def _leaks(self, in_row: Integers, out_row: Integers, value: Floats) -> Leaks | None:
-        """Return leaks in order, those of one pair of rows on several arrays added up."""
-        if not len(value):
-            return None
+    def _leaks(self, stuck: _Stuck, value: Floats) -> Leaks | None:
+        """Return leaks in order, added up for each pair of rows; without those that come to nothing."""
         width = self.plan.groups * self.plan.inputs
-        pair, at = _unique(out_row * width + in_row)
+        pair, at = _unique(stuck.out_row * width + stuck.in_row)
         total = np.zeros(len(pair), np.float32)
         np.add.at(total, at, value)
-        return Leaks(in_row=pair % width, out_row=pair // width, value=total)
+        pair, total = pair[total != 0], total[total != 0]
+        return Leaks(in_row=pair % width, out_row=pair // width, value=total) if len(pair) else None
 
 
 def _unique(keys: Integers) -> tuple[Integers, Integers]:

@@ -213,10 +213,18 @@ def test_no_faults_and_faults_of_spare_cells_do_nothing(tmp_path: Path) -> None:
     assert injector.faults(none) == []
 
 
-def test_cells_stuck_at_what_they_hold_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", [(1e-6, 1e-4), (3e-6, 7e-5), (0.1e-6, 33.3e-6), (0, 1e-3)])
+@pytest.mark.parametrize("kind", ["analog", "levels"])
+@pytest.mark.parametrize("scheme", ["two_column", "differential"])
+def test_cells_stuck_at_what_they_hold_change_nothing(
+    scheme: str, kind: str, ends: tuple[float, float], tmp_path: Path
+) -> None:
     """Every cell of the chip, so that every healthy weight comes back to the bit."""
-    deployment = build(TEXT, weights(), tmp_path / "out", target=target_of(CELLS["analog"]), pack=True)
-    held = np.concatenate([deployment.array(a.id).reshape(-1) for a in deployment.plan.arrays])
+    cell = Cell(g_off=ends[0], g_on=ends[1], levels=2 if kind == "levels" else None)
+    target = target_of(cell, 3 if kind == "levels" else 1)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    coding = layer_coding(target, deployment.plan.layers[0])
+    held = np.concatenate([coding.conductance(deployment.array(a.id)).reshape(-1) for a in deployment.plan.arrays])
     state = np.full(len(held), STUCK_OFF, np.uint8)
 
     found = Injector(deployment).faults(FaultMap(cell=np.arange(len(held)), state=state, conductance=held))
@@ -381,7 +389,8 @@ def test_a_weight_rate_hits_that_share_of_weights(tmp_path: Path) -> None:
 def test_a_plan_that_holds_a_weight_twice_is_refused(tmp_path: Path) -> None:
     """As replicas do: one weight would be two."""
     deployment = build(TEXT, weights(), tmp_path / "out", target=target_of(CELLS["analog"]))
-    copy = msgspec.structs.replace(deployment.plan.arrays[0], id=len(deployment.plan.arrays))
+    number = len(deployment.plan.arrays)
+    copy = msgspec.structs.replace(deployment.plan.arrays[0], id=number, array=number)
     plan = msgspec.structs.replace(deployment.plan, arrays=[*deployment.plan.arrays, copy])
     with pytest.raises(PlanFormatError, match="in 2 places, expected 1"):
         Injector(replace(deployment, plan=plan))
