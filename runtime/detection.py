@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import ConfigError, DataError, did_you_mean
-from rerampile.runtime.data import Batch, BoxTarget, Dataset
+from rerampile.runtime.dataset import Batch, BoxTarget, Dataset
 from rerampile.runtime.metrics import MetricResult
 
 __all__ = ["Candidates", "Decoder", "DetectionMetric", "DetectionOptions", "open_detection", "suppress"]

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import ConfigError, DataError, did_you_mean
-from rerampile.runtime.data import Batch, Dataset
+from rerampile.runtime.compare import flat
+from rerampile.runtime.dataset import Batch, Dataset
 
 __all__ = ["Accuracy", "Agreement", "Metric", "MetricResult", "open_metric"]
 
@@ -222,8 +223,11 @@ class Agreement:
         """
         for index, row in zip(batch.indices, _rows(outputs, batch), strict=True):
             if not all(np.isfinite(part).all() for part in row):
-                raise DataError(f"image {index}: the clean model's outputs are not finite, nothing can agree with them")
-            self._clean[int(index)] = row
+                raise DataError(
+                    f"image {index}: the clean model's outputs are not finite, nothing can agree with them; give real "
+                    f"inputs with --data"
+                )
+            self._clean[int(index)] = [part.copy() for part in row]  # what ran may use its buffers again
 
     def fresh(self) -> Agreement:
         """Return the same metric, with the clean outputs but without scores."""
@@ -273,11 +277,10 @@ class Agreement:
 
 
 def _rows(outputs: Outputs, batch: Batch) -> list[list[npt.NDArray[Any]]]:
-    """Return the outputs of each image; an output without a batch axis belongs to every image of the batch."""
+    """Return the outputs of each image as numbers; one without a batch axis belongs to every image of the batch."""
     count = len(batch.indices)
     sizes = {array.shape[:1] for array in batch.inputs.values()}
-    arrays = [np.asarray(output) for output in outputs]
-    numeric = [array for array in arrays if array.dtype.kind in "fiub"]
+    numeric = [o if isinstance(o, np.ndarray) and o.dtype.kind in "fiub" else flat(o) for o in outputs]
     split = [array.shape[:1] in sizes and array.shape[0] >= count for array in numeric]
     return [
         [a[k] if by_row else np.atleast_1d(a) for a, by_row in zip(numeric, split, strict=True)] for k in range(count)

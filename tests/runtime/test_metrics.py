@@ -132,6 +132,28 @@ def test_outputs_without_a_batch_axis_belong_to_every_image():
     assert found.scores["output_error"].tolist() == [100, 100]
 
 
+def test_outputs_that_are_no_arrays_count_too():
+    """Text, and lists of arrays of different shapes: no agreement by being left out."""
+    metric = Agreement(["words", "parts"])
+    clean = [np.array(["yes", "no"], object), [np.ones(2, np.float32), np.ones((3, 1), np.float32)]]
+    metric.learn(clean, batch_of(2))
+    for outputs, close in ((clean, True), ([np.array(["yes", "on"], object), clean[1]], False)):
+        chip = metric.fresh()
+        chip.update(outputs, batch_of(2))
+        assert (chip.result().values["output_error"] == 0) is close
+    chip = metric.fresh()
+    chip.update([clean[0], [np.zeros(2, np.float32), clean[1][1]]], batch_of(2))
+    assert chip.result().values["output_error"] > 0
+
+
+def test_what_is_learned_does_not_change_with_the_buffers():
+    metric, buffer = Agreement(["y"]), np.ones((2, 3), np.float32)
+    metric.learn([buffer], batch_of(2))
+    buffer[:] = 5
+    metric.update([np.ones((2, 3), np.float32)], batch_of(2))
+    assert metric.result().values["output_error"] == 0
+
+
 # With data and models
 
 
@@ -221,7 +243,7 @@ def test_resnet20_on_cifar10(data_root, cifar10, option, top1):
     [("mobilenetv2_imagenet", 81.6, 95.9, 0.2), ("mobilenetv2_imagenet_qlinear_int8", 81.8, 95.0, 1.0)],
 )
 def test_mobilenetv2_on_imagenet(data_root, name, top1, top5, within):
-    """All images, no options: preset, size and labels come from model and data. int8 results vary with the installation."""
+    """All images, no options: preset, size and labels are found. int8 results vary with the installation."""
     spec = f"imagefolder:{data_root / 'imagenet' / 'images'}"
     found = measured(data_root / "models" / f"{name}.onnx", spec, None, 1000)
     assert found.values["top1"] == pytest.approx(top1, abs=within)
