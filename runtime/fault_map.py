@@ -171,11 +171,11 @@ def write_fault_maps(
     }
     table |= {name: table[name].astype(dtype) for name, dtype in _COLUMNS.items()}
     metadata = {
+        **(notes or {}),
         "format": _FORMAT,
         "format_version": str(_VERSION),
         "chips": str(len(chips)),
         "plan": placement_digest(deployment.plan),
-        **(notes or {}),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
