@@ -2,8 +2,8 @@
 
 A chip is drawn, injected, run on all images and undone. The yardstick runs the deployed model itself on the same
 images, with the same threads and batch. Both alternate in one process, and the median of the ratios is shown, because
-machines vary by more than what is measured. Where PyTorch is installed, its usual loop is timed beside them on ResNet18 for
-CIFAR: weights cloned, faults drawn as dense masks of both cells, forward, weights put back.
+machines vary by more than what is measured. Where PyTorch is installed, its usual loop is timed beside them on
+ResNet18 for CIFAR: weights cloned, faults drawn as dense masks of both cells, forward, weights put back.
 
 Example:
     python benchmarks/execution.py                          # ResNet18 for CIFAR, 1,000 images a chip

@@ -105,14 +105,11 @@ def open_executor(
         raise ConfigError(f"--precision {precision}: expected fp32 or int8")
     if method == "slow":
         return _SlowExecutor(deployment, plain, provider, threads, "asked for")
-    leaking = _leaking_layers(deployment) if method == "auto" else {}
     try:
         if provider != _CPU:
             raise NotApplicableError(f"weights are laid out for the CPU, not for {provider}")
-        if leaking:
-            layer, array = min(leaking.items())
-            name = deployment.plan.layers[layer].name
-            raise NotApplicableError(f"array {array} holds several groups of layer '{name}', whose stuck cells leak")
+        if method == "auto":
+            _prefer_fast(deployment)
         return _FastExecutor(deployment, plain, threads)
     except NotApplicableError as error:
         if method == "fast":
@@ -154,6 +151,23 @@ def _relative_error(found: Sequence[Outputs], expected: Sequence[Outputs]) -> fl
         squares[0] += float(np.square(f.astype(np.float64) - e).sum())
         squares[1] += float(np.square(e.astype(np.float64)).sum())
     return math.sqrt(squares[0] / squares[1]) if squares[1] else math.sqrt(squares[0])
+
+
+def _prefer_fast(deployment: Deployment) -> None:
+    """Say why the slow way is the better one where it is.
+
+    Raises:
+        NotApplicableError: Chips may have leaks, or most kernels would be slower with weights that may change.
+    """
+    layers = deployment.plan.layers
+    for number, array in sorted(_leaking_layers(deployment).items()):
+        name = layers[number].name
+        raise NotApplicableError(f"array {array} holds several groups of layer '{name}', whose stuck spare cells leak")
+    products = sum(not any("Conv" in use.op for use in layer.uses) for layer in layers)
+    if 2 * products > len(layers):
+        raise NotApplicableError(
+            f"{products} of {len(layers)} layers are products, fastest with weights that stay packed"
+        )
 
 
 def _leaking_layers(deployment: Deployment) -> dict[int, int]:

@@ -159,6 +159,19 @@ def test_chips_give_what_their_weights_give(name: str, tmp_path: Path) -> None:
         assert [output.tobytes() for output in executor.run(inputs)] == [output.tobytes() for output in clean]
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "reason"),
+    [
+        ("residual", "fast", "every weight was found in the optimised graph"),
+        ("depthwise", "slow", "array 0 holds several groups of layer 'A', whose stuck spare cells leak"),
+        ("products", "slow", "3 of 3 layers are products, fastest with weights that stay packed"),
+    ],
+)
+def test_the_way_is_chosen_from_the_deployment(name: str, method: str, reason: str, tmp_path: Path) -> None:
+    executor = open_executor(compile_model(_model(MODELS[name]), out=tmp_path / "out"))
+    assert (executor.method, executor.reason) == (method, reason)
+
+
 @pytest.mark.parametrize("method", ["fast", "slow"])
 def test_single_fault_changes_the_predicted_output(method: Any, tmp_path: Path) -> None:
     """Weight (output 4, input 2) of 6 more than it was adds six times input 2 to output 4, and nothing elsewhere."""
