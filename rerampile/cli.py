@@ -7,18 +7,20 @@ bug of rerampile, 130 interrupted (128 + the signal's number where it was anothe
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
+
+from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.fault_commands import faults, validate
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -34,11 +36,6 @@ _INTERNAL_ERROR = 70
 _BUG = (
     "This is a bug of rerampile. Please report it with the lines above, the command, and the model if you can share it."
 )
-
-_PATH = click.Path(path_type=Path)
-
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 # Errors, signals, progress.
 
@@ -170,26 +167,13 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     return settings
 
 
-def _examples(*lines: str) -> str:
-    """Return the end of a help text."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, for programs.")(command)
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1))
-
-
 # Commands.
 
 
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    epilog=_examples("rerampile compile model.onnx --mapping differential", "rerampile show model.deployment"),
+    epilog=examples("rerampile compile model.onnx --mapping differential", "rerampile show model.deployment"),
 )
 @click.version_option(package_name="rerampile", message="rerampile %(version)s")
 def main() -> None:
@@ -205,18 +189,18 @@ def main() -> None:
 
 @main.command(
     "compile",
-    epilog=_examples(
+    epilog=examples(
         "rerampile compile model.onnx",
         "rerampile compile model.onnx --mapping differential --prune 0.6 -o out",
         "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
     ),
 )
-@click.argument("model", type=_PATH)
+@click.argument("model", type=PATH)
 @click.option(
     *("-o", "--out"),
     metavar="FOLDER",
-    type=_PATH,
+    type=PATH,
     help="Folder to write; an earlier deployment there is replaced.  [default: MODEL's name + .deployment, here]",
 )
 @click.option(
@@ -252,9 +236,9 @@ def main() -> None:
     help="Zero the smallest weights: one ratio, or one for each block (a number of output channels) or layer name "
     "pattern; later ones win.",
 )
-@click.option("--masks", metavar="FILE", type=_PATH, help="Zero what an .npz or .safetensors file of masks says.")
+@click.option("--masks", metavar="FILE", type=PATH, help="Zero what an .npz or .safetensors file of masks says.")
 @click.option("--pack", is_flag=True, help="Let small partitions share arrays.")
-@click.option("--inputs", metavar="FILE.npz", type=_PATH, help="Verify with these inputs.  [default: generated ones]")
+@click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
 @click.option(
     "--tolerance",
     metavar="X",
@@ -266,7 +250,7 @@ def main() -> None:
 @click.option("--keep-stages", is_flag=True, help="Write what each pass produced into FOLDER/stages.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress lines.")
 @click.option("-v", "--verbose", is_flag=True, help="Also say what stays digital and why, and name the versions.")
-@_json_option
+@json_option
 def compile_(
     model: Path,
     out: Path | None,
@@ -314,7 +298,7 @@ def compile_(
         import msgspec
 
         plan = deployment.plan
-        _print_json(
+        print_json(
             {
                 "folder": str(deployment.folder),
                 "totals": msgspec.to_builtins(plan.totals),
@@ -334,10 +318,10 @@ def _say_versions() -> None:
     click.echo(", ".join(f"{name} {version(name)}" for name in names), err=True)
 
 
-@main.command(epilog=_examples("rerampile inspect model.onnx", "rerampile inspect model.onnx --json"))
-@click.argument("model", type=_PATH)
+@main.command(epilog=examples("rerampile inspect model.onnx", "rerampile inspect model.onnx --json"))
+@click.argument("model", type=PATH)
 @click.option("-v", "--verbose", is_flag=True, help="List every digital node with its reason.")
-@_json_option
+@json_option
 def inspect(model: Path, verbose: bool, as_json: bool) -> None:
     """Show what of MODEL maps, and what stays digital.
 
@@ -353,14 +337,14 @@ def inspect(model: Path, verbose: bool, as_json: bool) -> None:
     layers, digital = find_layers(graph)
     data = model_data(loaded, graph, [layer.block for layer in layers], layers, digital)
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
         show_model(console(), data, verbose)
 
 
-@main.command(epilog=_examples("rerampile verify model.deployment"))
-@click.argument("folder", type=_PATH)
-@_json_option
+@main.command(epilog=examples("rerampile verify model.deployment"))
+@click.argument("folder", type=PATH)
+@json_option
 def verify(folder: Path, as_json: bool) -> None:
     """Verify a deployment again, from its files alone.
 
@@ -376,19 +360,19 @@ def verify(folder: Path, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        _print_json({"folder": str(deployment.folder), "verification": msgspec.to_builtins(found)})
+        print_json({"folder": str(deployment.folder), "verification": msgspec.to_builtins(found)})
     else:
         show_verification(console(), deployment, found)
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "rerampile show model.deployment",
         "rerampile show model.deployment/plan.json --json",
         "rerampile show model.deployment --array 0 --npy array0.npy",
     )
 )
-@click.argument("plan", metavar="FOLDER|plan.json", type=_PATH)
+@click.argument("plan", metavar="FOLDER|plan.json", type=PATH)
 @click.option(
     "--array",
     "array_id",
@@ -399,11 +383,11 @@ def verify(folder: Path, as_json: bool) -> None:
 @click.option(
     "--npy",
     metavar="FILE",
-    type=_PATH,
+    type=PATH,
     help="Write the cells of that array, [rows, columns], spare ones included.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="List every array and every digital node.")
-@_json_option
+@json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
     """Show the plan of a deployment, or one of its arrays."""
     from rerampile.show import array_data, console, plan_data, show_array, show_plan
@@ -417,7 +401,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         path = plan / "plan.json" if plan.is_dir() else plan
         read = read_plan(path)
         if as_json:
-            _print_json(plan_data(read))
+            print_json(plan_data(read))
         else:
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
         return
@@ -429,7 +413,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
     if npy is not None:
         _write_npy(npy, deployment, array_id)
     if as_json:
-        _print_json(array_data(deployment, array_id))
+        print_json(array_data(deployment, array_id))
     else:
         show_array(console(), deployment, array_id)
 
@@ -453,9 +437,9 @@ def _write_npy(path: Path, deployment: Deployment, array_id: int) -> None:
     click.echo(f"{path}: {cells.dtype} {list(cells.shape)}", err=True)
 
 
-@main.command(epilog=_examples("rerampile targets", "rerampile targets isaac > my-chip.toml"))
+@main.command(epilog=examples("rerampile targets", "rerampile targets isaac > my-chip.toml"))
 @click.argument("name", required=False)
-@_json_option
+@json_option
 def targets(name: str | None, as_json: bool) -> None:
     """List the hardware presets, or print one."""
     from rerampile.target import Target, preset_names, preset_text
@@ -463,14 +447,18 @@ def targets(name: str | None, as_json: bool) -> None:
     if name is not None:
         if as_json:
             preset_text(name)  # refuses what is no preset
-            _print_json(Target.load(name).to_dict())
+            print_json(Target.load(name).to_dict())
         else:
             click.echo(preset_text(name), nl=False)
         return
     presets = [Target.load(preset) for preset in preset_names()]
     if as_json:
-        _print_json([target.to_dict() for target in presets])
+        print_json([target.to_dict() for target in presets])
         return
     from rerampile.show import console, show_targets
 
     show_targets(console(), presets)
+
+
+for command in (validate, faults):
+    main.add_command(command)

@@ -33,8 +33,11 @@ from rerampile.target import Target
 __all__ = [
     "array_data",
     "console",
+    "facts_table",
     "model_data",
+    "new_table",
     "plan_data",
+    "print_parts",
     "printable",
     "show_array",
     "show_model",
@@ -64,7 +67,7 @@ def console() -> Console:
 # Tables.
 
 
-def _table(*columns: tuple[str, Justify]) -> Table:
+def new_table(*columns: tuple[str, Justify]) -> Table:
     """Return an empty table; only left-justified columns may be folded when the terminal is narrow."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name, justify in columns:
@@ -72,7 +75,7 @@ def _table(*columns: tuple[str, Justify]) -> Table:
     return table
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     """Return rows of a word and what there is to say about it."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -82,7 +85,7 @@ def _facts(rows: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
-def _print(out: Console, *parts: RenderableType | None) -> None:
+def print_parts(out: Console, *parts: RenderableType | None) -> None:
     """Print the parts that there are, a blank line between them."""
     for number, part in enumerate(part for part in parts if part is not None):
         if number:
@@ -187,7 +190,7 @@ def show_model(out: Console, data: dict[str, Any], verbose: bool) -> None:
     shared = any(len(layer["uses"]) > 1 for layer in layers)
     columns += [("matrix", "right"), ("weights", "right"), ("folds", "left")]
     columns += [("other uses", "right")] if shared else []
-    table = _table(*columns)
+    table = new_table(*columns)
     for layer in layers:
         uses = layer["uses"]
         matrix = _matrix(layer["groups"], layer["outputs"], layer["inputs"])
@@ -213,7 +216,7 @@ def show_model(out: Console, data: dict[str, Any], verbose: bool) -> None:
         ("folded", printable(_listed(fold["op"] for layer in layers for fold in layer["folds"])) or "nothing"),
         ("digital", _number(len(nodes), "node")),
     ]
-    _print(out, table if layers else None, _digital(nodes, verbose), _facts(facts))
+    print_parts(out, table if layers else None, _digital(nodes, verbose), facts_table(facts))
 
 
 def _digital(nodes: Sequence[DigitalPlan], verbose: bool) -> Table | None:
@@ -221,11 +224,11 @@ def _digital(nodes: Sequence[DigitalPlan], verbose: bool) -> Table | None:
     if not nodes:
         return None
     if verbose:
-        table = _table(("digital node", "left"), ("op", "left"), ("why it stays digital", "left"))
+        table = new_table(("digital node", "left"), ("op", "left"), ("why it stays digital", "left"))
         for node in nodes:
             table.add_row(printable(node.node), printable(node.op), printable(node.reason))
         return table
-    table = _table(("digital", "right"), ("operators", "left"), ("why they stay digital", "left"))
+    table = new_table(("digital", "right"), ("operators", "left"), ("why they stay digital", "left"))
     by_reason: dict[str, list[str]] = defaultdict(list)
     for node in nodes:
         by_reason[node.reason].append(node.op)
@@ -265,7 +268,7 @@ def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
     columns += [("scheme", "left")] if mixed else []
     columns += [("zero", "right"), ("folds", "left" if wide else "right")]
     columns += [("mean cell", "right")] if wide else []
-    table = _table(*columns, ("arrays", "right"), ("ids", "left"))
+    table = new_table(*columns, ("arrays", "right"), ("ids", "left"))
     for layer, ids in zip(plan.layers, _arrays_by_layer(plan), strict=True):
         ops = [fold.op for fold in layer.folds]
         table.add_row(
@@ -278,15 +281,15 @@ def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
             *(f"{len(ids):,}", _ranges(ids)),
         )
     arrays = _arrays(plan) if verbose else None
-    _print(out, table, arrays, _digital(plan.digital, verbose), _facts(_totals(plan, target)))
+    print_parts(out, table, arrays, _digital(plan.digital, verbose), facts_table(_totals(plan, target)))
 
 
 def show_summary(out: Console, deployment: Deployment, verbose: bool) -> None:
     """Print what a compilation made, and what to do next."""
     digital = _digital(deployment.plan.digital, verbose=False) if verbose else None
     folder = printable(shlex.quote(str(deployment.folder)))
-    facts = _facts([*_totals(deployment.plan, deployment.target), ("folder", folder)])
-    _print(out, digital, facts, Text(f"Next: rerampile show {folder}\n      rerampile verify {folder}"))
+    facts = facts_table([*_totals(deployment.plan, deployment.target), ("folder", folder)])
+    print_parts(out, digital, facts, Text(f"Next: rerampile show {folder}\n      rerampile verify {folder}"))
 
 
 def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
@@ -341,7 +344,7 @@ def show_verification(out: Console, deployment: Deployment, found: Verification)
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
         ("verified", printable(str(deployment.folder))),
     ]
-    _print(out, _facts(rows))
+    print_parts(out, facts_table(rows))
 
 
 # Arrays.
@@ -349,7 +352,7 @@ def show_verification(out: Console, deployment: Deployment, found: Verification)
 
 def _arrays(plan: Plan) -> Table:
     """Return a table of all arrays and what they hold."""
-    table = _table(("array", "right"), ("chip.tile.core.array", "left"), ("cells", "left"), ("holds", "left"))
+    table = new_table(("array", "right"), ("chip.tile.core.array", "left"), ("cells", "left"), ("holds", "left"))
     for array in plan.arrays:
         address = f"{array.chip}.{array.tile}.{array.core}.{array.array}"
         held = "\n".join(_held(plan, partition) for partition in array.partitions)
@@ -396,7 +399,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
     array, cells = deployment.array_plan(array_id), deployment.array(array_id)
     used = np.zeros(cells.shape, np.bool_)
     width = len(array.roles) * len(array.slices)
-    table = _table(("layer", "left"), ("rows", "left"), ("columns", "left"), ("inputs", "left"), ("outputs", "left"))
+    table = new_table(("layer", "left"), ("rows", "left"), ("columns", "left"), ("inputs", "left"), ("outputs", "left"))
     for partition in array.partitions:
         blocks = list(partition_blocks(partition, width))
         for _, rows, columns in blocks:
@@ -420,7 +423,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
         ("cells", f"{size}, {_roles(array)}; {used.mean():.1%} used{'' if used.all() else ', the others spare'}"),
         ("range", extremes),
     ]
-    _print(out, table, _picture(out, siemens, used), _facts(facts))
+    print_parts(out, table, _picture(out, siemens, used), facts_table(facts))
 
 
 _SHADES, _ASCII_SHADES = "░▒▓█", ".:*#"
@@ -507,7 +510,7 @@ def show_targets(out: Console, targets: Sequence[Target]) -> None:
     """Print targets as a table."""
     right: Justify = "right"
     columns: list[tuple[str, Justify]] = [("target", "left"), ("array", right), ("cell", "left"), ("range", "left")]
-    table = _table(*columns, ("slices", right), ("arrays", right), ("mapping", "left"), ("source", "left"))
+    table = new_table(*columns, ("slices", right), ("arrays", right), ("mapping", "left"), ("source", "left"))
     for target in targets:
         table.add_row(
             printable(target.name),
@@ -519,4 +522,4 @@ def show_targets(out: Console, targets: Sequence[Target]) -> None:
             target.mapping,
             printable(target.source),
         )
-    _print(out, table)
+    print_parts(out, table)

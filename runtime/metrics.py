@@ -18,7 +18,9 @@ from rerampile.errors import ConfigError, DataError, did_you_mean
 from rerampile.runtime.compare import flat
 from rerampile.runtime.dataset import Batch, Dataset
 
-__all__ = ["Accuracy", "Agreement", "Metric", "MetricResult", "open_metric"]
+__all__ = ["LOWER_IS_BETTER", "Accuracy", "Agreement", "Metric", "MetricResult", "open_metric"]
+
+LOWER_IS_BETTER = frozenset({"output_error"})
 
 Scores = npt.NDArray[np.float32]
 Outputs = Sequence[Any]

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError, FaultRunError
-from rerampile.runtime.data import open_dataset
+from rerampile.runtime.data import ImageDataset, open_dataset, write_first_image
+from rerampile.runtime.dataset import spread
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -46,12 +47,13 @@ class Experiment:
         data: What it is measured on, as the command line names it.
         preprocessing: How images become inputs.
         metric: ``auto``, or the name of a metric.
-        images: Images of the data to use, the first ones, or None for all.
+        images: Images of the data to use, evenly spread over it, or None for all.
         images_per_run: Images that each chip sees, drawn anew for each, or None for all that are used.
         batch: Images run at once.
         seed: Seed of the faults and of the choice of images.
         provider: ONNX Runtime execution provider.
         skip_bad: Whether images that cannot be read are left out.
+        first_image: Where to write the first image as the model sees it, or None.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Experiment:
     seed: int = 0
     provider: str = "CPUExecutionProvider"
     skip_bad: bool = False
+    first_image: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,30 +120,38 @@ class Bench:
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_session(self.deployment.model_path)
         self.data = open_dataset(
-            experiment.data, session, experiment.preprocessing, seed=experiment.seed, skip_bad=experiment.skip_bad
+            experiment.data,
+            session,
+            experiment.preprocessing,
+            generate=experiment.images or 64,
+            seed=experiment.seed,
+            skip_bad=experiment.skip_bad,
         )
         self.metric = open_metric(experiment.metric, self.data, session)
-        self.images = min(len(self.data), experiment.images or len(self.data))
+        self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
             read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
         )
         del session
+        if experiment.first_image is not None:
+            if not isinstance(self.data, ImageDataset):
+                raise ConfigError(f"--first-image: {self.data.name} has no images; name a data set of images")
+            write_first_image(self.data, experiment.first_image)
         self.clean = self._learn()
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
 
     def _check_images_per_run(self, count: int) -> None:
-        if not 0 < count <= self.images:
-            raise ConfigError(f"--images-per-run {count}: expected 1 to {self.images}, the images that are used")
+        if not 0 < count <= len(self.images):
+            raise ConfigError(f"--images-per-run {count}: expected 1 to {len(self.images)}, the images that are used")
         if set(self.clean.scores) != set(self.clean.values):
             raise ConfigError("--images-per-run: this metric scores all images together; give --images instead")
 
     def _learn(self) -> MetricResult:
         """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
-        everything = np.arange(self.images)
-        for batch in self.data.batches(self.experiment.batch, everything):
+        for batch in self.data.batches(self.experiment.batch, self.images):
             self.metric.learn(self.executor.run(batch.inputs), batch)
-        return self._score(everything)
+        return self._score(self.images)
 
     def _score(self, indices: Indices) -> MetricResult:
         metric = self.metric.fresh()
@@ -164,9 +175,9 @@ class Bench:
         """Return which images a chip sees."""
         count = self.experiment.images_per_run
         if count is None:
-            return np.arange(self.images)
-        numbers = Field(self.experiment.seed, run, _IMAGES).at(np.arange(self.images))
-        return np.sort(np.argsort(numbers, kind="stable")[:count])
+            return self.images
+        numbers = Field(self.experiment.seed, run, _IMAGES).at(self.images)
+        return self.images[np.sort(np.argsort(numbers, kind="stable")[:count])]
 
     def chip(self, run: int, rate: int) -> ChipResult:
         """Measure one chip at one failure rate."""
@@ -178,7 +189,7 @@ class Bench:
             result = self._score(indices)
         finally:
             self.executor.restore()
-        clean, within = self._clean_on(indices, result)
+        clean, within = self._clean_on(result)
         return ChipResult(
             run=run,
             rate=rate,
@@ -190,9 +201,9 @@ class Bench:
             non_finite=result.non_finite,
         )
 
-    def _clean_on(self, indices: Indices, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the clean metrics on some images, and the variance over them of what a chip's scores differ by."""
-        if len(indices) == self.images and not result.scores:
+    def _clean_on(self, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the clean metrics on a chip's images, and the variance over them of what its scores differ by."""
+        if not result.scores:
             return self.clean.values, {}
         place = np.searchsorted(self.clean.indices, result.indices)
         clean, within = dict(self.clean.values), {}
@@ -279,7 +290,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "data": bench.data.digest,
         "preprocessing": str(experiment.preprocessing),
         "metric": experiment.metric,
-        "images": bench.images,
+        "images": len(bench.images),
         "images_per_run": experiment.images_per_run,
         "seed": experiment.seed,
         "provider": experiment.provider,

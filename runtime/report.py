@@ -14,9 +14,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.deployment import Deployment, load_deployment
+from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps
+from rerampile.runtime.faults import draw_faults
+from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.validation import MetricReport, RateReport, ValidationReport
 
-__all__ = ["ArrayPicture", "write_report"]
+__all__ = ["ArrayPicture", "array_picture", "draw_png", "most_hit_array", "write_report"]
 
 _SIZE = (6.4, 4.0)  # inches
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5a97", "#c98b00", "#4f5d75")
@@ -48,6 +52,37 @@ class ArrayPicture:
 
     title: str
     state: npt.NDArray[np.uint8]
+
+
+def array_picture(deployment: Deployment, chip: FaultMap, array: int, title: str) -> ArrayPicture:
+    """Return the stuck cells of one array of a chip."""
+    geometry = ChipGeometry.of(deployment)
+    arrays, rows, columns = geometry.locate(chip.cell)
+    here = arrays == array
+    state = np.zeros((geometry.rows, geometry.columns), np.uint8)
+    state[rows[here], columns[here]] = chip.state[here]
+    return ArrayPicture(title=title, state=state)
+
+
+def most_hit_array(experiment: Experiment) -> ArrayPicture:
+    """Return the array with the most stuck cells of the first chip, at the highest failure rate."""
+    deployment = load_deployment(experiment.folder)
+    geometry = ChipGeometry.of(deployment)
+    if experiment.fault_map is not None:
+        chip, at = read_fault_maps(experiment.fault_map, deployment)[0], experiment.fault_map.name
+    else:
+        model = max(experiment.faults, key=lambda faults: faults.rate)
+        chip = draw_faults(geometry, model, deployment.target, seed=experiment.seed, run=0)
+        at = f"a failure rate of {model.rate:.6g}"
+    array = int(np.bincount(geometry.locate(chip.cell)[0], minlength=1).argmax())
+    return array_picture(
+        deployment, chip, array, f"Array {array} of chip 0 at {at}, the array with the most stuck cells."
+    )
+
+
+def draw_png(picture: ArrayPicture) -> bytes:
+    """Return a picture as PNG bytes."""
+    return _render(lambda axes: _draw_array(axes, picture))[1]
 
 
 def write_report(

@@ -42,7 +42,7 @@ class ChipStatistics:
         worst: The worst chip.
         fifth_percentile: One chip in twenty is worse.
         interval: 95 % t-interval of the mean.
-        drop: Mean of clean minus faulty, each chip against the clean model on the same images.
+        drop: Mean loss (clean minus faulty, or faulty minus clean of an error), on the images that each chip saw.
         drop_interval: 95 % t-interval of the drop.
     """
 
@@ -57,21 +57,22 @@ class ChipStatistics:
     drop_interval: Interval
 
 
-def chip_statistics(values: Vector, clean: Vector) -> ChipStatistics:
+def chip_statistics(values: Vector, clean: Vector, *, lower_is_better: bool = False) -> ChipStatistics:
     """Summarise chips.
 
     Args:
         values: The metric of each chip, float64 [chips].
         clean: The metric of the clean model on the images that each chip saw, float64 [chips].
+        lower_is_better: Whether the metric is an error: a drop is then a rise, and the worst chip has the highest.
     """
-    drops = clean - values
+    drops = values - clean if lower_is_better else clean - values
     return ChipStatistics(
         chips=len(values),
         clean=float(clean.mean()),
         mean=float(values.mean()),
         deviation=_deviation(values),
-        worst=float(values.min()),
-        fifth_percentile=float(np.percentile(values, 5)),
+        worst=float(values.max() if lower_is_better else values.min()),
+        fifth_percentile=float(np.percentile(values, 95 if lower_is_better else 5)),
         interval=_t_interval(values),
         drop=float(drops.mean()),
         drop_interval=_t_interval(drops),

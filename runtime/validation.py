@@ -16,6 +16,7 @@ import onnxruntime
 
 from rerampile.errors import ConfigError
 from rerampile.runtime.journal import Journal
+from rerampile.runtime.metrics import LOWER_IS_BETTER
 from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, run_chips
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
@@ -267,7 +268,7 @@ def validate(
         mapping=str(plan.options["mapping"]),
         scale=str(plan.options["scale"]),
         execution=f"{bench.executor.method}: {bench.executor.reason}",
-        images=bench.images,
+        images=len(bench.images),
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
@@ -279,7 +280,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
     model = experiment.faults[rate] if experiment.faults else None
     cells = bench.geometry.cells * len(results)
     return RateReport(
-        rate=None if model is None else model.rate,
+        rate=None if model is None else round(model.rate, 15),
         distribution="measured" if model is None else model.distribution,
         rate_unit="cell" if model is None else model.rate_unit,
         faults=FaultCounts(
@@ -297,7 +298,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
 def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, precision: float | None) -> MetricReport:
     values = np.array([r.values[name] for r in results])
     clean = np.array([r.clean[name] for r in results])
-    found: ChipStatistics = chip_statistics(values, clean)
+    found: ChipStatistics = chip_statistics(values, clean, lower_is_better=name in LOWER_IS_BETTER)
     interval, several = found.interval, len(results) > 1
     if precision is not None and name == bench.metric.names[0]:
         interval = two_stage_interval(values, FIRST_STAGE)
@@ -305,7 +306,7 @@ def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, preci
     parts = None
     if seen is not None and several and name in results[0].within:
         within = np.array([r.within[name] for r in results])
-        parts = variance_parts(clean - values, within, seen, bench.images)
+        parts = variance_parts(clean - values, within, seen, len(bench.images))
     return MetricReport(
         chips=found.chips,
         clean=found.clean,

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-FACES = {"rerampile", "rerampile.__main__", "rerampile.cli", "rerampile.compiler"}
+FACES = {
+    "rerampile",
+    "rerampile.__main__",
+    "rerampile.cli",
+    "rerampile.compiler",
+    "rerampile.fault_commands",
+    "rerampile.show_validation",
+}
 """The modules that may see everything; all others are passes, runtime or core."""
 
 ONE_MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root)/")
