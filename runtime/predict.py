@@ -1,0 +1,259 @@
+"""Predict what faults do without drawing any: closed forms for each layer, and one noisy run a layer for the network.
+
+A layer's error, as a share of the energy of its products (noise-to-signal ratio, NSR), follows from the plan and from
+sums over one calibration run. How much of it reaches the outputs is measured once a layer, with little noise of the
+same shape; small errors of different layers add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+
+from rerampile.deployment import Deployment
+from rerampile.errors import ConfigError, DataError
+from rerampile.runtime.data import Dataset
+from rerampile.runtime.executor import Executor, Inputs, Outputs, open_executor
+from rerampile.runtime.faults import FaultModel
+from rerampile.runtime.inject import LayerFaults
+from rerampile.runtime.layer_energies import Energies, layer_energies
+from rerampile.runtime.weight_errors import LayerErrors
+
+__all__ = ["LayerPrediction", "Prediction", "RatePrediction", "predict"]
+
+_PROBE_NSR = 0.01  # noise that measures how much of a layer's error reaches the outputs
+_MOST_PROBE_IMAGES = 8
+
+
+class LayerPrediction(msgspec.Struct, kw_only=True, frozen=True):
+    """One layer at one failure rate.
+
+    Attributes:
+        layer: Its name.
+        nsr: Expected squared error of its products, over the sum of their squares.
+        coherent: The part of ``nsr`` that the mean errors of weights make: chips share it.
+        sensitivity: Squared relative error of the outputs for each unit of ``nsr``.
+        share: The layer's part of the squared output error, from 0 to 1.
+    """
+
+    layer: str
+    nsr: float
+    coherent: float
+    sensitivity: float
+    share: float
+
+
+class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
+    """One failure rate.
+
+    Attributes:
+        rate: Failure rate a cell (or weight).
+        stuck_off: Its part of stuck-off cells.
+        stuck_on: Its part of stuck-on cells.
+        rate_unit: What the rate is of.
+        output_error: Predicted error of the outputs, rms over rms, percent. Too high where it comes near 100: outputs
+            do not grow with errors for ever.
+        layers: The layers, those that hurt most first.
+    """
+
+    rate: float
+    stuck_off: float
+    stuck_on: float
+    rate_unit: str
+    output_error: float
+    layers: list[LayerPrediction]
+
+
+class Prediction(msgspec.Struct, kw_only=True, frozen=True):
+    """What faults are expected to do to a deployment.
+
+    Attributes:
+        format: What kind of file this is.
+        format_version: Version of the format.
+        folder: Name of the deployment folder.
+        model: Name of the compiled model.
+        mapping: Mapping scheme.
+        scale: One scale a tensor or a channel.
+        data: Name of the data.
+        images: Images of the calibration run.
+        probe_images: Images of the noisy run of each layer.
+        rates: By failure rate.
+        not_predicted: Layers that are left out, with the reason.
+    """
+
+    format: str = "rerampile-prediction"
+    format_version: int = 1
+    folder: str
+    model: str
+    mapping: str
+    scale: str
+    data: str
+    images: int
+    probe_images: int
+    rates: list[RatePrediction]
+    not_predicted: dict[str, str]
+
+
+def predict(
+    deployment: Deployment,
+    faults: Sequence[FaultModel],
+    data: Dataset,
+    *,
+    images: int = 64,
+    probe_images: int | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prediction:
+    """Predict the errors of every layer, and of the outputs.
+
+    Args:
+        deployment: The deployment.
+        faults: Independent faults, by failure rate.
+        data: Inputs to calibrate with; targets are not needed.
+        images: How many of them to use at most.
+        probe_images: How many of these each layer's noisy run sees; by default 8, or so few that all layers together
+            take half as long as the calibration run.
+        batch: Images run at once.
+        seed: Seed of the noise.
+        progress: Called with (done, all): the calibration run and the noisy run of each layer count one each.
+
+    Raises:
+        ConfigError: Faults are not independent, or a number is out of range.
+        DataError: There are no images.
+    """
+    images = min(images, len(data))
+    _check(faults, images, probe_images)
+    steps = len(deployment.plan.layers) + 1
+    report = progress or (lambda done, total: None)
+    report(0, steps)
+    calibration = (b.inputs for b in data.batches(batch, np.arange(images)))
+    energies, reasons = layer_energies(deployment, faults, calibration)
+    report(1, steps)
+    if probe_images is None:
+        probe_images = max(1, min(_MOST_PROBE_IMAGES, images // (2 * len(deployment.plan.layers))))
+    probe_images = min(probe_images, images)
+    probes = [b.inputs for b in data.batches(batch, np.arange(probe_images))]
+    worst = max(range(len(faults)), key=lambda number: faults[number].rate)
+    bench = _Probe(deployment, probes, faults[worst], seed)
+    sensitivity = {}
+    for number, found in energies.items():
+        sensitivity[number] = bench.sensitivity(number, float(found.errors[worst]) / found.products)
+        report(2 + number, steps)
+    report(steps, steps)
+    layers = deployment.plan.layers
+    return Prediction(
+        folder=deployment.folder.name,
+        model=deployment.plan.model.name,
+        mapping=str(deployment.plan.options["mapping"]),
+        scale=str(deployment.plan.options["scale"]),
+        data=data.name,
+        images=images,
+        probe_images=probe_images,
+        rates=[_rate(deployment, model, n, energies, sensitivity) for n, model in enumerate(faults)],
+        not_predicted={layers[number].name: reason for number, reason in sorted(reasons.items())},
+    )
+
+
+def _check(faults: Sequence[FaultModel], images: int, probe_images: int | None) -> None:
+    if not faults:
+        raise ConfigError("--failure-rate: no rate to predict, expected one or more")
+    if images < 1:
+        raise DataError("no images to calibrate with, expected one or more")
+    if probe_images is not None and probe_images < 1:
+        raise ConfigError(f"--probe-images {probe_images}: expected 1 or more")
+    if odd := next((model for model in faults if model.distribution != "independent"), None):
+        raise ConfigError(
+            f"--distribution {odd.distribution}: the closed forms hold for independent faults; run 'rerampile validate'"
+        )
+
+
+def _rate(
+    deployment: Deployment,
+    model: FaultModel,
+    number: int,
+    energies: dict[int, Energies],
+    sensitivity: dict[int, float],
+) -> RatePrediction:
+    """Put the parts of one failure rate together."""
+    parts = []
+    for layer, found in energies.items():
+        coherent = _coherent(LayerErrors(deployment, layer), model, found)
+        nsr = (float(found.errors[number]) + coherent) / found.products
+        parts.append((sensitivity[layer] * nsr, layer, nsr, coherent / found.products))
+    total = math.fsum(part for part, *_ in parts)
+    return RatePrediction(
+        rate=model.rate,
+        stuck_off=model.stuck_off,
+        stuck_on=model.stuck_on,
+        rate_unit=model.rate_unit,
+        output_error=100 * math.sqrt(total),
+        layers=[
+            LayerPrediction(
+                layer=deployment.plan.layers[layer].name,
+                nsr=nsr,
+                coherent=coherent,
+                sensitivity=sensitivity[layer],
+                share=part / total if total else 0.0,
+            )
+            for part, layer, nsr, coherent in sorted(parts, key=lambda p: (-p[0], p[1]))
+        ],
+    )
+
+
+def _coherent(errors: LayerErrors, model: FaultModel, found: Energies) -> float:
+    """Return the energy of the mean error ``shift * sums - p * products``."""
+    p, shift = errors.stuck(model).probability, errors.shift(model)
+    return shift**2 * found.shifts - 2 * shift * p * found.crossed + p**2 * found.products
+
+
+class _Probe:
+    """Measures how much noise in one layer changes the outputs."""
+
+    def __init__(self, deployment: Deployment, probes: Sequence[Inputs], model: FaultModel, seed: int) -> None:
+        self._deployment, self._probes, self._model, self._seed = deployment, probes, model, seed
+        self._executor = _executor(deployment)
+        self._clean = [self._executor.run(inputs) for inputs in probes]
+
+    def sensitivity(self, number: int, nsr: float) -> float:
+        """Return the squared relative error of the outputs for each unit of a layer's NSR.
+
+        Args:
+            number: The layer.
+            nsr: What the variances of its weights under the fault model come to.
+        """
+        if not nsr > 0:
+            return 0.0
+        layer = self._deployment.plan.layers[number]
+        value = LayerErrors(self._deployment, number).variance(self._model)
+        np.sqrt(value * np.float32(_PROBE_NSR / nsr), out=value)
+        value *= np.random.default_rng([self._seed, number]).standard_normal(value.shape, np.float32)
+        value += self._deployment.weights(layer)
+        faults = LayerFaults(layer=number, index=np.arange(value.size), value=value.reshape(-1), leaks=None)
+        self._executor.apply([faults])
+        try:
+            return _error([self._executor.run(inputs) for inputs in self._probes], self._clean) / _PROBE_NSR
+        finally:
+            self._executor.restore()
+
+
+def _executor(deployment: Deployment) -> Executor:
+    """Open the fast way where it can run the model at all: noise never leaks."""
+    try:
+        return open_executor(deployment, method="fast")
+    except ConfigError:
+        return open_executor(deployment, method="slow")
+
+
+def _error(found: Sequence[Outputs], clean: Sequence[Outputs]) -> float:
+    """Return the sum of squared differences over that of squares, all outputs of numbers together."""
+    error = energy = 0.0
+    for f, c in ((f, c) for pair in zip(found, clean, strict=True) for f, c in zip(*pair, strict=True)):
+        if c.shape == f.shape and c.dtype.kind in "fiu":
+            reference = c.astype(np.float64)
+            error += float(np.square(f - reference).sum())
+            energy += float(np.square(reference).sum())
+    return error / energy if energy else 0.0

@@ -1,0 +1,264 @@
+"""What faults do to the weights of a layer on average: closed forms over its cells, from the plan alone.
+
+A cell of value ``g`` is stuck with probability ``p`` at a value of mean ``v`` and variance ``s``. Its error then has the
+mean ``p (v - g)`` and the variance ``p (1 - p) (v - g)^2 + p s``. Errors of cells add up to those of weights by sign,
+significance and gain, whatever the scheme: the two cells of a pair leave a mean of ``-p w``, and the one of ``offset``
+leaves ``-p w`` and the same shift for all weights of an output.
+
+The cells beside the blocks of an array hold zero weights, whose errors let inputs leak into other outputs. Each leak is
+as large on average as if its input fed an output of its own group, which is where it is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.deployment import Deployment, layer_coding
+from rerampile.plan import ArrayPlan
+from rerampile.runtime.faults import FaultModel
+from rerampile.schemes import Coding, row_chunks
+from rerampile.target import Stuck, Target
+
+__all__ = ["LayerErrors", "OffsetSums", "StuckCell"]
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StuckCell:
+    """How one cell of a layer fails.
+
+    Attributes:
+        probability: That it is stuck.
+        mean: Mean of its value when stuck, in the unit of the layer.
+        variance: Variance of that value.
+        exclusive: Whether at most one cell of a weight is stuck; otherwise cells fail independently.
+    """
+
+    probability: float
+    mean: float
+    variance: float
+    exclusive: bool
+
+    @classmethod
+    def of(cls, model: FaultModel, target: Target, coding: Coding) -> StuckCell:
+        """Return how the cells of a layer fail under a fault model."""
+        by_weight = model.rate_unit == "weight"
+        shares = np.array([model.stuck_off, model.stuck_on]) / (model.rate or 1.0)
+        ends = [_moments(target.cell.stuck_off), _moments(target.cell.stuck_on)]
+        mean = float(shares @ [m for m, _ in ends])
+        variance = float(shares @ [v + (m - mean) ** 2 for m, v in ends])
+        zero, unit = 0.0, 1.0
+        if coding.integer:
+            zero, unit = coding.g_off, (coding.g_on - coding.g_off) / ((coding.levels or 0) - 1)
+        return cls(
+            probability=model.rate / (coding.cells * coding.slices if by_weight else 1),
+            mean=(mean - zero) / unit,
+            variance=variance / unit**2,
+            exclusive=by_weight,
+        )
+
+
+def _moments(stuck: Stuck) -> tuple[float, float]:
+    """Return mean and variance of a stuck conductance: normal, and 0 where that is negative."""
+    if not stuck.spread:
+        return stuck.mean, 0.0
+    z = stuck.mean / stuck.spread
+    below, density = 0.5 * math.erfc(z / math.sqrt(2)), math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    mean = stuck.mean * (1 - below) + stuck.spread * density
+    square = (stuck.mean**2 + stuck.spread**2) * (1 - below) + stuck.mean * stuck.spread * density
+    return mean, square - mean**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffsetSums:
+    """What the shift of ``offset`` weights needs of the inputs, output channels of the same pattern taken together.
+
+    Channel ``c`` of pattern ``q`` is shifted by ``size[c] * sum(sums[q] * inputs)``, but for a factor.
+
+    Attributes:
+        sums: float32 [groups, patterns, kernel, inputs], which inputs the shift adds up.
+        products: float32 [groups, patterns, kernel, inputs], the weights of channels times their sizes, summed up.
+        energy: float64 [groups, patterns], the squared sizes of channels, summed up.
+        share: float64 [groups, patterns], how many of the group's channels have the pattern, as a share.
+        mixing: float64 [groups, groups], how much of the sums of one group (column) leaks into another (row), or None.
+    """
+
+    sums: Floats
+    products: Floats
+    energy: Doubles
+    share: Doubles
+    mixing: Doubles | None
+
+
+class LayerErrors:
+    """Means and variances of the weights of one layer.
+
+    Args:
+        deployment: The deployment.
+        number: Position of the layer in the plan.
+    """
+
+    def __init__(self, deployment: Deployment, number: int) -> None:
+        self.layer = layer = deployment.plan.layers[number]
+        self._deployment, self._coding = deployment, layer_coding(deployment.target, layer)
+        self._gain = deployment.gain(layer)
+        self._arrays = [
+            [p for p in array.partitions if p.layer == number]
+            for array in deployment.plan.arrays
+            if not _is_second_twin(array) and any(p.layer == number for p in array.partitions)
+        ]
+        self._placed = np.zeros((layer.groups, layer.outputs, layer.inputs), np.bool_)
+        for partition in (p for partitions in self._arrays for p in partitions):
+            groups = np.arange(*partition.groups)
+            self._placed[np.ix_(groups, partition.output_indices, partition.input_indices)] = True
+        transposed = layer.uses[0].op == "ConvTranspose"
+        self.kernel = math.prod(layer.weight_shape[2:]) if transposed else 1  # outputs of one output channel
+
+    def stuck(self, model: FaultModel) -> StuckCell:
+        """Return how one of the layer's cells fails."""
+        return StuckCell.of(model, self._deployment.target, self._coding)
+
+    def shift(self, model: FaultModel) -> float:
+        """Return what the mean error of each weight is beside ``-p w``, in units of the output's gain."""
+        if self._coding.cells == 2:
+            return 0.0
+        stuck = self.stuck(model)
+        return stuck.probability * (stuck.mean * sum(self._coding.significances) - self._coding.reference)
+
+    def variance(self, model: FaultModel) -> Floats:
+        """Return the variance of each weight and of its leaks, float32 [groups * outputs, inputs]."""
+        out = np.empty((self.layer.groups * self.layer.outputs, self.layer.inputs), np.float32)
+        for rows, part in self._variances(model):
+            out[rows] = part
+        return out
+
+    def total_variances(self, model: FaultModel) -> Doubles:
+        """Return the variances of all output channels added up, float64 [groups, kernel, inputs]."""
+        layer = self.layer
+        total = np.zeros((layer.groups * self.kernel, layer.inputs))
+        for rows, part in self._variances(model):
+            number = np.arange(rows.start, rows.start + len(part))
+            target = number // layer.outputs * self.kernel + number % self.kernel
+            if self.kernel == 1:  # rows of a group follow one another
+                starts = np.flatnonzero(np.diff(target, prepend=-1))
+                total[target[starts]] += np.add.reduceat(part, starts, axis=0, dtype=np.float64)
+            else:
+                np.add.at(total, target, part)
+        return total.reshape(layer.groups, self.kernel, layer.inputs)
+
+    def _variances(self, model: FaultModel) -> Iterator[tuple[slice, Floats]]:
+        """Yield the variances, some rows of the matrix at a time."""
+        layer, coding, stuck = self.layer, self._coding, self.stuck(model)
+        cells, leaks = self._deployment.cells(layer), self._leaks(stuck)
+        placed = self._placed.reshape(-1, layer.inputs)
+        for rows in row_chunks((len(placed), layer.inputs)):
+            values = cells[:, :, rows] if coding.cell_values is None else coding.cell_values[cells[:, :, rows]]
+            part = _variance(coding, stuck, values, self._gain[rows, None])
+            part *= placed[rows]
+            if leaks is not None:
+                part += leaks[rows]
+            yield rows, part
+        self._deployment.conductances.drop_pages()
+
+    def _leaks(self, stuck: StuckCell) -> Floats | None:
+        """Return the variances of leaks, float32 [groups * outputs, inputs], at the group that each comes from."""
+        layer = self.layer
+        shared = [partitions for partitions in self._arrays if _blocks(partitions) > 1]
+        if not shared:
+            return None
+        zero = self._coding.zero_cells[:, :, None, None]
+        zero = zero if self._coding.cell_values is None else self._coding.cell_values[zero]
+        each = _variance(self._coding, stuck, zero, self._gain[:, None]).reshape(layer.groups, layer.outputs)
+        leaks = np.zeros((layer.groups, layer.outputs, layer.inputs), np.float32)
+        for partitions in shared:
+            own = []
+            for partition in partitions:
+                groups, outputs = np.arange(*partition.groups), partition.output_indices
+                own.append(np.zeros((len(groups), layer.outputs), np.float32))
+                own[-1][:, outputs] = each[np.ix_(groups, outputs)]
+            everything = sum(part.sum(axis=0) for part in own)
+            for partition, part in zip(partitions, own, strict=True):
+                where = np.ix_(np.arange(*partition.groups), np.arange(layer.outputs), partition.input_indices)
+                leaks[where] += (everything - part)[:, :, None]
+        return leaks.reshape(-1, layer.inputs)
+
+    def offset_sums(self) -> OffsetSums | None:
+        """Return what the shift of ``offset`` needs; None for pairs, which have none."""
+        if self._coding.cells == 2:
+            return None
+        layer, kernel = self.layer, self.kernel
+        shape = (layer.groups, layer.outputs // kernel, kernel)
+        gain, placed = self._gain.reshape(shape), self._placed.reshape(*shape, layer.inputs)
+        size = gain.max(axis=2).astype(np.float64)
+        patterns: dict[bytes, int] = {}
+        sums: list[Floats] = []
+        label = np.empty(size.shape, np.int64)
+        for channel in np.ndindex(*size.shape):
+            ratio = gain[channel] / gain[channel].max()
+            label[channel] = patterns.setdefault(placed[channel].tobytes() + ratio.tobytes(), len(patterns))
+            if len(patterns) > len(sums):
+                sums.append(placed[channel] * ratio[:, None])
+        of_pattern = np.where(label[:, None] == np.arange(len(patterns))[:, None], 1.0, 0.0)
+        weights = self._deployment.weights(layer).reshape(*shape, layer.inputs)
+        products = np.einsum("gqc,gc,gcki->gqki", of_pattern, size, weights, optimize=True)
+        return OffsetSums(
+            sums=np.broadcast_to(np.array(sums), products.shape),
+            products=products.astype(np.float32),
+            energy=np.einsum("gqc,gc->gq", of_pattern, size**2),
+            share=of_pattern.mean(axis=2),
+            mixing=self._mixing(),
+        )
+
+    def _mixing(self) -> Doubles | None:
+        """Return how much of each group's inputs the columns of each group see beside their own block."""
+        shared = [partitions for partitions in self._arrays if _blocks(partitions) > 1]
+        if not shared:
+            return None
+        groups = self.layer.groups
+        inputs = np.maximum(self._placed.any(axis=1).sum(axis=1), 1)
+        outputs = np.maximum(self._placed.any(axis=2).sum(axis=1), 1)
+        mixing = np.zeros((groups, groups))
+        for partitions in shared:
+            driven, read = np.zeros(groups), np.zeros(groups)
+            for partition in partitions:
+                held = np.arange(*partition.groups)
+                rows, columns = partition.input_count / inputs[held], partition.output_count / outputs[held]
+                driven[held] += rows
+                read[held] += columns
+                mixing[held, held] -= rows * columns
+            touched = np.flatnonzero(driven)
+            mixing[np.ix_(touched, touched)] += np.outer(read[touched], driven[touched])
+        return mixing
+
+
+def _variance(coding: Coding, stuck: StuckCell, values: npt.NDArray[Any], gain: Floats) -> Floats:
+    """Return the variance of weights whose cells are worth values [slices, cells, rows, inputs]."""
+    p = stuck.probability
+    total: Any = 0.0
+    mean: Any = 0.0
+    for significance, pair in zip(coding.significances, values, strict=True):
+        for sign, value in zip((1.0, -1.0), pair, strict=False):
+            factor = gain * np.float32(sign * significance)
+            error = factor * (np.float32(stuck.mean) - value)
+            if stuck.exclusive:
+                mean = mean + np.float32(p) * error
+            total = total + np.float32(p if stuck.exclusive else p * (1 - p)) * np.square(error)
+            total = total + np.square(factor) * np.float32(p) * np.float32(stuck.variance)
+    variance: Floats = np.asarray(total - np.square(mean), np.float32)
+    return variance
+
+
+def _blocks(partitions: list[Any]) -> int:
+    return sum(partition.groups[1] - partition.groups[0] for partition in partitions)
+
+
+def _is_second_twin(array: ArrayPlan) -> bool:
+    return array.twin is not None and array.twin < array.id
