@@ -1,9 +1,9 @@
 """What weight errors do to the products of layers: one pass over data, beside the deployed model itself.
 
-For independent errors of variance ``V``, the error energy of ``y = op(x, W)`` is the sum of ``op(x * x, V)``, and in that
-sum all outputs may share one weight: the sum of their variances. So each layer gets a companion of as many outputs as
-there are fault models, on its squared inputs; strides, pads and groups are the operator's own. The shift of ``offset``
-needs a second companion on the inputs themselves.
+For independent errors of variance ``V``, the error energy of ``y = op(x, W)`` is the sum of ``op(x * x, V)``, and in
+that sum all outputs may share one weight: the sum of their variances. So each layer gets a companion with an output for
+each fault model, on its squared inputs; strides, pads and groups are the operator's own. The shift of ``offset`` needs
+a second companion on the inputs themselves.
 """
 
 from __future__ import annotations

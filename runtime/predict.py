@@ -2,16 +2,19 @@
 
 A layer's error, as a share of the energy of its products (noise-to-signal ratio, NSR), follows from the plan and from
 sums over one calibration run. How much of it reaches the outputs is measured once a layer, with little noise of the
-same shape; small errors of different layers add up.
+same shape; such errors of different layers add up by their energies. The mean errors of weights are no noise: all chips
+share them, and those of all layers act together. One run of the mean chip measures that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, DataError
@@ -35,8 +38,8 @@ class LayerPrediction(msgspec.Struct, kw_only=True, frozen=True):
         layer: Its name.
         nsr: Expected squared error of its products, over the sum of their squares.
         coherent: The part of ``nsr`` that the mean errors of weights make: chips share it.
-        sensitivity: Squared relative error of the outputs for each unit of ``nsr``.
-        share: The layer's part of the squared output error, from 0 to 1.
+        sensitivity: Squared relative error of the outputs for each unit of ``nsr`` that is not coherent.
+        share: The layer's part of the squared output error, each layer's mean error taken alone, from 0 to 1.
     """
 
     layer: str
@@ -56,6 +59,7 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
         rate_unit: What the rate is of.
         output_error: Predicted error of the outputs, rms over rms, percent. Too high where it comes near 100: outputs
             do not grow with errors for ever.
+        coherent_error: The part of it that the mean errors of weights make in all chips, percent.
         layers: The layers, those that hurt most first.
     """
 
@@ -64,6 +68,7 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
     stuck_on: float
     rate_unit: str
     output_error: float
+    coherent_error: float
     layers: list[LayerPrediction]
 
 
@@ -138,11 +143,12 @@ def predict(
     probe_images = min(probe_images, images)
     probes = [b.inputs for b in data.batches(batch, np.arange(probe_images))]
     worst = max(range(len(faults)), key=lambda number: faults[number].rate)
-    bench = _Probe(deployment, probes, faults[worst], seed)
-    sensitivity = {}
+    bench = _Bench(deployment, probes, seed)
+    effects: dict[int, _Effect] = {}
     for number, found in energies.items():
-        sensitivity[number] = bench.sensitivity(number, float(found.errors[worst]) / found.products)
+        effects[number] = bench.effect(number, faults[worst], float(found.errors[worst]) / found.products)
         report(2 + number, steps)
+    means = [bench.mean_chip(model, energies) for model in faults]
     report(steps, steps)
     layers = deployment.plan.layers
     return Prediction(
@@ -153,7 +159,7 @@ def predict(
         data=data.name,
         images=images,
         probe_images=probe_images,
-        rates=[_rate(deployment, model, n, energies, sensitivity) for n, model in enumerate(faults)],
+        rates=[_rate(deployment, model, n, means[n], energies, effects) for n, model in enumerate(faults)],
         not_predicted={layers[number].name: reason for number, reason in sorted(reasons.items())},
     )
 
@@ -171,32 +177,44 @@ def _check(faults: Sequence[FaultModel], images: int, probe_images: int | None) 
         )
 
 
+class _Effect(NamedTuple):
+    """What a layer does to the outputs: of noise, for each unit of NSR; of a shift of one in units of the gain."""
+
+    noise: float
+    shift: float
+
+
 def _rate(
     deployment: Deployment,
     model: FaultModel,
     number: int,
+    mean: float,
     energies: dict[int, Energies],
-    sensitivity: dict[int, float],
+    effects: dict[int, _Effect],
 ) -> RatePrediction:
-    """Put the parts of one failure rate together."""
-    parts = []
+    """Put the parts of one failure rate together; ``mean`` is the squared relative error of the mean chip."""
+    parts, noise = [], 0.0
     for layer, found in energies.items():
-        coherent = _coherent(LayerErrors(deployment, layer), model, found)
-        nsr = (float(found.errors[number]) + coherent) / found.products
-        parts.append((sensitivity[layer] * nsr, layer, nsr, coherent / found.products))
+        errors = LayerErrors(deployment, layer)
+        coherent = _coherent(errors, model, found) / found.products
+        random = float(found.errors[number]) / found.products
+        noise += effects[layer].noise * random
+        part = effects[layer].noise * random + effects[layer].shift * errors.shift(model) ** 2
+        parts.append((part, layer, random + coherent, coherent))
     total = math.fsum(part for part, *_ in parts)
     return RatePrediction(
         rate=model.rate,
         stuck_off=model.stuck_off,
         stuck_on=model.stuck_on,
         rate_unit=model.rate_unit,
-        output_error=100 * math.sqrt(total),
+        output_error=100 * math.sqrt(noise + mean),
+        coherent_error=100 * math.sqrt(mean),
         layers=[
             LayerPrediction(
                 layer=deployment.plan.layers[layer].name,
                 nsr=nsr,
                 coherent=coherent,
-                sensitivity=sensitivity[layer],
+                sensitivity=effects[layer].noise,
                 share=part / total if total else 0.0,
             )
             for part, layer, nsr, coherent in sorted(parts, key=lambda p: (-p[0], p[1]))
@@ -210,32 +228,48 @@ def _coherent(errors: LayerErrors, model: FaultModel, found: Energies) -> float:
     return shift**2 * found.shifts - 2 * shift * p * found.crossed + p**2 * found.products
 
 
-class _Probe:
-    """Measures how much noise in one layer changes the outputs."""
+class _Bench:
+    """Measures how much errors in layers change the outputs."""
 
-    def __init__(self, deployment: Deployment, probes: Sequence[Inputs], model: FaultModel, seed: int) -> None:
-        self._deployment, self._probes, self._model, self._seed = deployment, probes, model, seed
+    def __init__(self, deployment: Deployment, probes: Sequence[Inputs], seed: int) -> None:
+        self._deployment, self._probes, self._seed = deployment, probes, seed
         self._executor = _executor(deployment)
         self._clean = [self._executor.run(inputs) for inputs in probes]
 
-    def sensitivity(self, number: int, nsr: float) -> float:
-        """Return the squared relative error of the outputs for each unit of a layer's NSR.
+    def effect(self, number: int, model: FaultModel, nsr: float) -> _Effect:
+        """Return what noise and shift of a layer do.
 
         Args:
             number: The layer.
-            nsr: What the variances of its weights under the fault model come to.
+            model: The fault model whose variances shape the noise.
+            nsr: What these variances come to.
         """
-        if not nsr > 0:
+        errors = LayerErrors(self._deployment, number)
+        noise = shift = 0.0
+        if nsr > 0:
+            value = errors.variance(model)
+            np.sqrt(value * np.float32(_PROBE_NSR / nsr), out=value)
+            value *= np.random.default_rng([self._seed, number]).standard_normal(value.shape, np.float32)
+            value += self._deployment.weights(errors.layer)
+            noise = self._error({number: value}) / _PROBE_NSR
+        if errors.shift(model):
+            shift = self._error({number: errors.mean_weights(model)}) / errors.shift(model) ** 2
+        return _Effect(noise, shift)
+
+    def mean_chip(self, model: FaultModel, layers: Iterable[int]) -> float:
+        """Return the squared relative error of the outputs when each weight is what it is on average."""
+        if not model.rate:
             return 0.0
-        layer = self._deployment.plan.layers[number]
-        value = LayerErrors(self._deployment, number).variance(self._model)
-        np.sqrt(value * np.float32(_PROBE_NSR / nsr), out=value)
-        value *= np.random.default_rng([self._seed, number]).standard_normal(value.shape, np.float32)
-        value += self._deployment.weights(layer)
-        faults = LayerFaults(layer=number, index=np.arange(value.size), value=value.reshape(-1), leaks=None)
-        self._executor.apply([faults])
+        return self._error({number: LayerErrors(self._deployment, number).mean_weights(model) for number in layers})
+
+    def _error(self, weights: Mapping[int, npt.NDArray[np.float32]]) -> float:
+        faults = [
+            LayerFaults(layer=number, index=np.arange(value.size), value=value.reshape(-1), leaks=None)
+            for number, value in weights.items()
+        ]
+        self._executor.apply(faults)
         try:
-            return _error([self._executor.run(inputs) for inputs in self._probes], self._clean) / _PROBE_NSR
+            return _error([self._executor.run(inputs) for inputs in self._probes], self._clean)
         finally:
             self._executor.restore()
 

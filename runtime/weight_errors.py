@@ -1,9 +1,9 @@
 """What faults do to the weights of a layer on average: closed forms over its cells, from the plan alone.
 
-A cell of value ``g`` is stuck with probability ``p`` at a value of mean ``v`` and variance ``s``. Its error then has the
-mean ``p (v - g)`` and the variance ``p (1 - p) (v - g)^2 + p s``. Errors of cells add up to those of weights by sign,
-significance and gain, whatever the scheme: the two cells of a pair leave a mean of ``-p w``, and the one of ``offset``
-leaves ``-p w`` and the same shift for all weights of an output.
+A cell of value ``g`` is stuck with probability ``p`` at a value of mean ``v`` and variance ``s``. Its error then has
+the mean ``p (v - g)`` and the variance ``p (1 - p) (v - g)^2 + p s``. Errors of cells add up to those of weights by
+sign, significance and gain, whatever the scheme: the two cells of a pair leave a mean of ``-p w``, and the one of
+``offset`` leaves ``-p w`` and the same shift for all weights of an output.
 
 The cells beside the blocks of an array hold zero weights, whose errors let inputs leak into other outputs. Each leak is
 as large on average as if its input fed an output of its own group, which is where it is counted.
@@ -132,6 +132,12 @@ class LayerErrors:
             return 0.0
         stuck = self.stuck(model)
         return stuck.probability * (stuck.mean * sum(self._coding.significances) - self._coding.reference)
+
+    def mean_weights(self, model: FaultModel) -> Floats:
+        """Return each weight as it is on average, float32 [groups * outputs, inputs]; leaks have no part in it."""
+        mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).probability)
+        shift = np.float32(self.shift(model)) * self._gain[:, None]
+        return mean + shift * self._placed.reshape(mean.shape) if shift.any() else mean
 
     def variance(self, model: FaultModel) -> Floats:
         """Return the variance of each weight and of its leaks, float32 [groups * outputs, inputs]."""
