@@ -255,7 +255,13 @@ def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: Laye
     """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
     digest, kept = hashlib.sha256(), None
     if layer.mask is not None and masks is not None:
-        kept = layer.view.matrix(masks.read(layer.mask.tensor))
+        mask = masks.read(layer.mask.tensor)
+        if mask.dtype != np.bool_ or mask.shape != tuple(layer.weight_shape):
+            raise PlanFormatError(
+                f"{masks.path}: tensor '{layer.mask.tensor}': {mask.dtype} {list(mask.shape)}, expected bool "
+                f"{layer.weight_shape}"
+            )
+        kept = layer.view.matrix(mask)
     for rows, weights in decode_rows(deployment, layer):
         digest.update(weight_bytes(weights))
         if kept is not None and weights[~kept[rows]].any():
