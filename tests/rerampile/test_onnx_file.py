@@ -291,3 +291,20 @@ def test_a_weight_that_hides_another() -> None:
     )
     onnx.checker.check_model(model)
     assert "initializer 'W' of graph 't' has the name of a tensor around that graph" in refusal(model)
+
+
+@pytest.mark.parametrize("field", ["producer_name", "doc_string", "domain"])
+def test_texts_that_are_not_utf8(field: str, small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    setattr(model, field, "§§§")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace("§§§".encode(), b"\xff\xc2\xa7\xc2\xa7\xff"))
+    assert refusal(path) == "m.onnx: a text in it is not UTF-8; the file is damaged"
+
+
+def test_declared_types_that_do_not_exist(small_model: onnx.ModelProto) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    model.graph.input[0].type.tensor_type.elem_type = 65
+    assert refusal(model) == "small: tensor 'image': unknown element type 65"
