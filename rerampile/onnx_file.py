@@ -129,7 +129,10 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
         raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
     _check_names(found)
     _check_tensors(found)
-    _check_graph(found)
+    try:
+        _check_graph(found)
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{found.name}: a text in it is not UTF-8; the file is damaged") from error
     if found.opset < OLDEST_OPSET:
         found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
     if found.proto.functions:
@@ -243,13 +246,22 @@ _PACKED_BITS = {getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2")
 
 
 def _check_names(model: ModelFile) -> None:
-    """Refuse names that are no text, and weights that hide a tensor around their graph: ONNX's checker sees neither."""
+    """Refuse names that are no text, types that do not exist, and weights that hide a tensor around their graph.
+
+    ONNX's checker sees none of them.
+    """
     for graph in iter_graphs(model.proto.graph):
         nodes = ((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
-        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
-        for name in (*values, *itertools.chain.from_iterable(nodes)):
+        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info))
+        tensors = (tensor.name for tensor in graph.initializer)
+        for name in (*values, *tensors, *itertools.chain.from_iterable(nodes)):
             if isinstance(name, bytes):  # how protobuf gives what it cannot decode
                 raise ModelError(f"{model.name}: name {name!r} is not UTF-8 text; the file is damaged")
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values():
+                raise ModelError(
+                    f"{model.name}: tensor '{value.name}': unknown element type {value.type.tensor_type.elem_type}"
+                )
     _check_hidden(model, model.proto.graph, frozenset())
 
 
