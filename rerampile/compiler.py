@@ -193,6 +193,7 @@ def _move_into_place(folder: Path, out: Path) -> None:
     if not out.exists():
         folder.rename(out)
         return
+    _check_replaceable(out)  # again: the user may have put something there while the model was compiled
     earlier = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(earlier)
     try:
