@@ -7,7 +7,6 @@ external ones are memory-mapped from the model's own folder, and from nowhere el
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import mmap
 from collections.abc import Iterator
@@ -251,10 +250,10 @@ def _check_names(model: ModelFile) -> None:
     ONNX's checker sees none of them.
     """
     for graph in iter_graphs(model.proto.graph):
-        nodes = ((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
-        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info))
-        tensors = (tensor.name for tensor in graph.initializer)
-        for name in (*values, *tensors, *itertools.chain.from_iterable(nodes)):
+        names: list[object] = [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
+        names += [tensor.name for tensor in graph.initializer]
+        names += [n for node in graph.node for n in (node.name, node.op_type, *node.input, *node.output)]
+        for name in names:
             if isinstance(name, bytes):  # how protobuf gives what it cannot decode
                 raise ModelError(f"{model.name}: name {name!r} is not UTF-8 text; the file is damaged")
         for value in (*graph.input, *graph.output, *graph.value_info):
