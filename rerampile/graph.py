@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
@@ -95,7 +96,8 @@ class ModelGraph:
         self._initializers: dict[int, TensorProto] = {}
         self._constant: dict[int, bool] = {}
         self._outputs: set[int] = set()
-        root = gs.import_onnx(model.proto)
+        with G_LOGGER.suppress():  # it prints to stdout, which belongs to the user's data
+            root = gs.import_onnx(model.proto)
         self._root = root  # views are known by identity, so they must outlive this object
         self._add(root, model.proto.graph, (), ({},))
 

@@ -252,6 +252,7 @@ def _check_names(model: ModelFile) -> None:
     for graph in iter_graphs(model.proto.graph):
         names: list[object] = [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
         names += [tensor.name for tensor in graph.initializer]
+        names += [d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
         names += [n for node in graph.node for n in (node.name, node.op_type, *node.input, *node.output)]
         for name in names:
             if isinstance(name, bytes):  # how protobuf gives what it cannot decode
