@@ -1,8 +1,8 @@
 """How long compiling takes and how much memory, as multiples of reading the model and writing the same bytes.
 
-Each figure comes from fresh processes, which alternate between the compiler and the yardstick; medians are shown, or the
-fastest where the machine has other work. The compiler does all its work, decoding every cell from the files included,
-but for running the models in ONNX Runtime.
+Each figure comes from fresh processes, which alternate between the compiler and the yardstick; medians are shown, or
+the fastest where the machine has other work. The compiler does all its work, decoding every cell from the files
+included, but for running the models in ONNX Runtime.
 
 Example:
     python benchmarks/compile.py                    # ResNet18 and YOLOv4; a minute on two cores
@@ -111,7 +111,7 @@ def measured(model: Path, scratch: Path, conductance_bytes: int = 0) -> dict[str
     """Measure one model in a fresh process: the compiler, or the yardstick where a number of bytes is given."""
     arguments = ["--child", model, "--out", scratch, "--yardstick", str(conductance_bytes)]
     os.sync()  # what earlier processes wrote must not slow this one down
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
