@@ -153,7 +153,7 @@ class Trainer:
         try:
             self.network.load_state_dict(torch.load(path, map_location=self.device, weights_only=True)["network"])
         except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError) as error:
-            raise DataError(f"{path}: not a whole checkpoint of this trainer and width; name another --start") from error
+            raise DataError(f"{path}: no whole checkpoint of this trainer and width; name another --start") from error
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 images [n, h, w, 3] into the network's input [n, 3, h, w], channels last in memory."""
