@@ -111,7 +111,7 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     Raises:
         ModelError: The file is missing, truncated, not ONNX, refused by ONNX's checker, or its external data are
             missing, too short or outside the model's folder.
-        UnsupportedModelError: The operator set is older than ONNX Runtime supports.
+        UnsupportedModelError: The operator set is newer than the installed onnx knows, or too old to convert.
     """
     if isinstance(model, onnx.ModelProto):
         data = model.SerializeToString(deterministic=True)
@@ -127,6 +127,12 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     if not found.proto.graph.node:
         raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
     _check_names(found)
+    newest = onnx.defs.onnx_opset_version()
+    if found.opset > newest:
+        raise UnsupportedModelError(
+            f"{found.name}: operator set {found.opset}, expected at most {newest}, the newest that the installed onnx "
+            f"knows; upgrade onnx and onnxruntime, or export the model for an older one"
+        )
     _check_tensors(found)
     try:
         _check_graph(found)

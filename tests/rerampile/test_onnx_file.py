@@ -331,3 +331,13 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     model.graph.value_info.append(helper.make_tensor_value_info("q", TensorProto.FLOAT8E4M3FN, [4, 3]))
     compile_model(model, out=tmp_path / "out")
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_operator_set_from_the_future(small_model: onnx.ModelProto) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    model.opset_import[0].version = 99
+    with pytest.raises(
+        UnsupportedModelError, match=r"operator set 99, expected at most .*; upgrade onnx and onnxruntime"
+    ):
+        load_model_file(model)
