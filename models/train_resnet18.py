@@ -146,6 +146,15 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.epoch, self.seconds = state["epoch"], state["seconds"]
 
+    def start_from(self, path: Path) -> None:
+        """Take the weights of another training's checkpoint, to train them through a further cycle."""
+        import torch
+
+        try:
+            self.network.load_state_dict(torch.load(path, map_location=self.device, weights_only=True)["network"])
+        except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError) as error:
+            raise DataError(f"{path}: no whole checkpoint of this trainer and width; name another --start") from error
+
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 images [n, h, w, 3] into the network's input [n, 3, h, w], channels last in memory."""
         return (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
@@ -269,6 +278,8 @@ def train(options: argparse.Namespace) -> None:
     if options.checkpoint and options.checkpoint.exists():
         trainer.resume(options.checkpoint)
         print(f"resumed {options.checkpoint} after epoch {trainer.epoch}")
+    elif options.start:
+        trainer.start_from(options.start)
     last = min(options.epochs, trainer.epoch + (options.stop_after or options.epochs))
     while trainer.epoch < last:
         start = time.perf_counter()
@@ -307,6 +318,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="greatest learning rate of the cycle")
     parser.add_argument("--checkpoint", type=Path, help="written after each epoch; resumed where it exists")
+    parser.add_argument("--start", type=Path, help="checkpoint of an earlier training whose weights to begin with")
     parser.add_argument("--stop-after", type=int, default=0, help="epochs to train now; resume for the others")
     parser.add_argument("--out", type=Path, help="ONNX file to write, weights in float16")
     parser.add_argument("--device", default="cpu")

@@ -171,10 +171,13 @@ def _layers_of(graph: ModelGraph, node: GraphNode) -> tuple[list[tuple[Layer, in
     if all(graph.is_constant(t) for t in node.view.outputs) and node.view.outputs:
         return [], ("constant", "its value is known when the model is compiled")
     if slots is None:
-        return [], ("no-weights", "the operator has no weight matrix that a crossbar can hold")
+        return [], ("no-weights", "not an operator whose weights map to a crossbar")
     constant = [s for s in slots if (t := node.input(s.weight)) is not None and graph.is_constant(t)]
     if not constant:
-        return [], ("computed-weights", "both operands are computed while the model runs, none is stored")
+        return [], (
+            "computed-weights",
+            "no operand is a stored constant: each is computed while the model runs, or sparse",
+        )
     layers: list[tuple[Layer, int]] = []
     for slot in constant:
         layer = _layer(graph, node, slot)
@@ -197,9 +200,8 @@ def _layer(graph: ModelGraph, node: GraphNode, slot: _Slot) -> Layer | tuple[str
     if not slot.rank[0] <= len(shape) <= slot.rank[1]:
         return "rank", f"weights of shape {list(shape)}, expected a rank of {slot.rank[0]} to {slot.rank[1]}"
     groups = node.attribute("group", 1)
-    channels = shape[0] if groups > 1 else groups
-    if groups < 1 or channels % groups:
-        raise ModelError(f"node '{node.full_name}': {channels} channels of weights do not divide into {groups} groups")
+    if groups < 1 or (groups > 1 and shape[0] % groups):
+        raise ModelError(f"node '{node.full_name}': {shape[0]} channels of weights do not divide into {groups} groups")
     view = slot.view(node, shape)
     sources = [t.name for t in graph.sources(tensor) if math.prod(t.dims) == math.prod(shape)]
     layer = Layer(

@@ -63,7 +63,7 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
     magnitude = np.maximum(weights.max(axis=1), -weights.min(axis=1))  # NaN and infinity survive both
     if not np.isfinite(magnitude).all():
         raise ModelError(
-            f"{unit.model.name}: layer '{layer.name}' has a NaN or infinite weight in output "
+            f"{unit.model.name}: layer '{layer.name}' has a weight that is NaN, infinite or beyond float32 in output "
             f"{int(np.flatnonzero(~np.isfinite(magnitude))[0])}, expected finite numbers; export the model again"
         )
     limit = float(np.finfo(np.float32).max) * coding.span

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 import reprlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rerampile.deployment import Deployment, footprint, layer_coding
 from rerampile.errors import CapacityError, PlanFormatError
+from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
 from rerampile.schemes import Coding, row_chunks
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
-Flags = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
 
+_LARGEST_RANK = 32
 _PAGES_HELD = 1 << 26  # bytes of the conductance file that decoding keeps in memory
 
 
@@ -26,8 +30,13 @@ def check_checksums(deployment: Deployment) -> None:
     """Compare every file with the checksum that the plan records.
 
     Raises:
-        PlanFormatError: A file was changed.
+        PlanFormatError: A file was changed, or one that every such folder has is not in the plan.
     """
+    expected = {CONDUCTANCES, DEPLOYED, REFERENCE}
+    if any(layer.mask is not None for layer in deployment.plan.layers):
+        expected.add(MASKS)
+    if missing := expected - deployment.plan.files.keys():
+        raise PlanFormatError(f"{deployment.folder / PLAN}: $.files: '{min(missing)}' is missing; the plan was changed")
     for name, record in deployment.plan.files.items():
         found = file_sha256(deployment.folder / name)
         if found != record.sha256:
@@ -46,7 +55,8 @@ def check_placement(deployment: Deployment) -> None:
     plan = deployment.plan
     for layer in plan.layers:
         deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
-    covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.uint8) for layer in plan.layers]
+        _check_view(deployment, layer)
+    covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.bool_) for layer in plan.layers]
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
@@ -57,6 +67,11 @@ def check_placement(deployment: Deployment) -> None:
         for partition in array.partitions:
             if not 0 <= partition.layer < len(plan.layers):
                 raise PlanFormatError(f"{where}: layer {partition.layer}, expected 0 to {len(plan.layers) - 1}")
+            first, last = partition.groups
+            if not first < last <= plan.layers[partition.layer].groups:
+                raise PlanFormatError(
+                    f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
+                )
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
@@ -69,24 +84,26 @@ def check_placement(deployment: Deployment) -> None:
             raise PlanFormatError(f"$.skipped[{number}]: layer {region.layer}, expected 0 to {len(plan.layers) - 1}")
         _paint(covers[region.layer], plan.layers[region.layer], region.group, region, f"$.skipped[{number}]")
     for layer, cover in zip(plan.layers, covers, strict=True):
-        if not (cover == 1).all():
-            output, input_ = (int(i) for i in np.argwhere(cover != 1)[0])
-            raise PlanFormatError(
-                f"layer '{layer.name}': weight [{output}, {input_}] sits in {cover[output, input_]} places, expected 1"
-            )
+        if not cover.all():
+            output, input_ = np.unravel_index(int(cover.argmin()), cover.shape)
+            raise PlanFormatError(f"layer '{layer.name}': weight [{output}, {input_}] sits in 0 places, expected 1")
 
 
 def _paint(cover: Flags, layer: LayerPlan, group: int, part: Partition | Region, where: str) -> None:
-    """Count the weights of a partition or region once more."""
+    """Note where the weights of a partition or region sit; refuse those that sit somewhere already."""
     inputs, outputs = _indices(part, "input", layer.inputs, where), _indices(part, "output", layer.outputs, where)
     if not 0 <= group < layer.groups:
         raise PlanFormatError(f"{where}: group {group}, expected 0 to {layer.groups - 1}")
     rows = cover[group * layer.outputs : (group + 1) * layer.outputs]
-    if isinstance(inputs, slice) and isinstance(outputs, slice):
-        rows[outputs, inputs] += 1
-    else:
-        every = np.arange(layer.outputs)[outputs], np.arange(layer.inputs)[inputs]
-        np.add.at(rows, np.ix_(*every), 1)
+    place: Any = (outputs, inputs)
+    if not (isinstance(inputs, slice) and isinstance(outputs, slice)):
+        place = np.ix_(np.arange(layer.outputs)[outputs], np.arange(layer.inputs)[inputs])
+    if rows[place].any():
+        output, input_ = (int(axis[0]) for axis in np.nonzero(rows[place]))
+        raise PlanFormatError(
+            f"{where}: layer '{layer.name}': weight [{output}, {input_}] of the part sits in 2 places, expected 1"
+        )
+    rows[place] = True
 
 
 def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slice | npt.NDArray[np.int64]:
@@ -99,7 +116,12 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
         raise PlanFormatError(
             f"{where}: {axis}s {reprlib.repr(list(span or listed))}, expected some of 0 to {size - 1}"
         )
-    return slice(*span) if span is not None else np.array(listed, np.int64)
+    if span is not None:
+        return slice(*span)
+    indices = np.array(listed, np.int64)
+    if (np.diff(indices) <= 0).any():
+        raise PlanFormatError(f"{where}: {axis}_index is not ascending")
+    return indices
 
 
 def _check_address(deployment: Deployment, array: ArrayPlan, where: str, taken: set[int]) -> None:
@@ -123,7 +145,11 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
         if not 0 <= array.twin < len(deployment.plan.arrays):
             raise PlanFormatError(f"{where}: twin {array.twin}, expected an array of the plan")
         twin = deployment.plan.arrays[array.twin]
-        if twin.partitions != array.partitions or twin.twin != array.id or len(twin.roles) != 1:
+        if (
+            twin.partitions != array.partitions
+            or twin.twin != array.id
+            or [len(array.roles), len(twin.roles)] != [1, 1]
+        ):
             raise PlanFormatError(f"{where}: differs from its twin, array {array.twin}")
         roles = sorted([*array.roles, *twin.roles], reverse=True)
     whole = slices == {len(array.slices)} and sorted(array.slices) == list(range(len(array.slices)))
@@ -177,6 +203,19 @@ def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slic
 def weight_bytes(weights: npt.NDArray[np.float32]) -> memoryview:
     """Return the bytes of decoded weights that plans hash: in row order, little-endian float32."""
     return np.ascontiguousarray(weights, "<f4").view(np.uint8).data
+
+
+def _check_view(deployment: Deployment, layer: LayerPlan) -> None:
+    """Check that the way from matrices to the weight tensor can be gone."""
+    axes = list(range(len(layer.stored_shape)))
+    permutation = axes if layer.permutation is None else sorted(layer.permutation)
+    sizes = {math.prod(shape) for shape in (layer.stored_shape, layer.weight_shape)}
+    if sizes != {layer.groups * layer.outputs * layer.inputs} or permutation != axes or len(axes) > _LARGEST_RANK:
+        raise PlanFormatError(
+            f"{deployment.folder}: layer '{layer.name}': stored_shape {reprlib.repr(layer.stored_shape)}, permutation "
+            f"{reprlib.repr(layer.permutation)} and weight_shape {reprlib.repr(layer.weight_shape)} are not of "
+            f"{layer.groups} x {layer.outputs} x {layer.inputs} weights"
+        )
 
 
 def _check_coding(deployment: Deployment, layer: LayerPlan, coding: Coding) -> None:

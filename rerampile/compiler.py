@@ -140,6 +140,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
             raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
         try:
             yield folder
+            _sync(folder)
             _move_into_place(folder, out)
         except OSError as error:
             raise ConfigError(
@@ -152,6 +153,14 @@ def _written_whole(out: Path) -> Iterator[Path]:
         for parent in missing:
             with suppress(OSError):  # only an empty folder goes, so none with a deployment in it
                 parent.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    """Have every file on the disk before the folder gets its name: a crash leaves the earlier one or a whole one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _check_replaceable(out: Path) -> None:
@@ -193,6 +202,7 @@ def _move_into_place(folder: Path, out: Path) -> None:
     if not out.exists():
         folder.rename(out)
         return
+    _check_replaceable(out)  # again: the user may have put something there while the model was compiled
     earlier = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(earlier)
     try:

@@ -122,12 +122,13 @@ class FunctionLibrary:
         """
         body, actual = _Body(max((o.version for o in self._opset_imports), default=1)), []
         formals: dict[int, str] = {}
-        dropped = _INTEGER_WEIGHT_ZERO_POINTS.get(node.op, {})
+        zero_points = _INTEGER_WEIGHT_ZERO_POINTS.get(node.op, {})
+        replaced = {zero_points.get(slot) for slot in weights} | ({2} if bias is not None else set())
         for slot, name in enumerate(node.proto.input):
             if slot in weights:
                 formals[slot] = _weight(body, weights[slot], "" if len(weights) == 1 else f"w{slot}_")
                 actual += [*weights[slot].plus, *weights[slot].minus, weights[slot].gain]
-            elif name and slot not in {dropped.get(w) for w in weights} and not (bias and slot == 2):
+            elif name and slot not in replaced:
                 formals[slot] = body.formal(f"x{slot}")
                 actual.append(data if data is not None and slot == 0 else name)
         if bias is not None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
@@ -34,7 +35,7 @@ _NOT_DETERMINISTIC = {
     "Multinomial",
     "Bernoulli",
 }
-_LARGEST_CONSTANT = 2**32  # elements of a computed constant; a file of a few bytes can ask for any number
+_LARGEST_CONSTANT = 2**30  # elements of a computed constant; a file of a few bytes can ask for any number
 
 
 @dataclass(eq=False)
@@ -46,7 +47,7 @@ class GraphNode:
         view: The graphsurgeon node; ``view.inputs`` and ``view.outputs`` are tensors.
         graph: The graph message that holds the node.
         scope: Names of the nodes around it, outermost first; empty in the main graph.
-        name: Unique readable name: the node's own, or its operator and first output.
+        name: Readable name: the node's own, or its operator and first output.
     """
 
     proto: onnx.NodeProto = field(repr=False)
@@ -72,6 +73,12 @@ class GraphNode:
             return None
         return self.view.inputs[slot]
 
+    @property
+    def random(self) -> bool:
+        """Whether two runs of the node may differ."""
+        training = self.proto.op_type == "Dropout" and self.input(2) is not None
+        return self.proto.op_type in _NOT_DETERMINISTIC or training
+
     def slots(self, tensor: Tensor) -> list[int]:
         """Return the input slots at which the node reads ``tensor``."""
         return [slot for slot, value in enumerate(self.view.inputs) if value is tensor]
@@ -95,7 +102,8 @@ class ModelGraph:
         self._initializers: dict[int, TensorProto] = {}
         self._constant: dict[int, bool] = {}
         self._outputs: set[int] = set()
-        root = gs.import_onnx(model.proto)
+        with G_LOGGER.suppress():  # it prints to stdout, which belongs to the user's data
+            root = gs.import_onnx(model.proto)
         self._root = root  # views are known by identity, so they must outlive this object
         self._add(root, model.proto.graph, (), ({},))
 
@@ -145,7 +153,7 @@ class ModelGraph:
         if id(tensor) in self._initializers:
             return True
         node = self.producer(tensor)
-        if node is None or node.proto.domain not in STANDARD_DOMAINS or node.proto.op_type in _NOT_DETERMINISTIC:
+        if node is None or node.proto.domain not in STANDARD_DOMAINS or node.random:
             return False
         if any(a.HasField("g") or a.graphs for a in node.proto.attribute):
             return False

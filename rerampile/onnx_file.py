@@ -7,7 +7,6 @@ external ones are memory-mapped from the model's own folder, and from nowhere el
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import mmap
 from collections.abc import Iterator
@@ -112,7 +111,7 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     Raises:
         ModelError: The file is missing, truncated, not ONNX, refused by ONNX's checker, or its external data are
             missing, too short or outside the model's folder.
-        UnsupportedModelError: The operator set is older than ONNX Runtime supports.
+        UnsupportedModelError: The operator set is newer than the installed onnx knows, or too old to convert.
     """
     if isinstance(model, onnx.ModelProto):
         data = model.SerializeToString(deterministic=True)
@@ -128,8 +127,17 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     if not found.proto.graph.node:
         raise ModelError(f"{found.name}: not an ONNX model, or a truncated one: its graph holds no node")
     _check_names(found)
+    newest = onnx.defs.onnx_opset_version()
+    if found.opset > newest:
+        raise UnsupportedModelError(
+            f"{found.name}: operator set {found.opset}, expected at most {newest}, the newest that the installed onnx "
+            f"knows; upgrade onnx and onnxruntime, or export the model for an older one"
+        )
     _check_tensors(found)
-    _check_graph(found)
+    try:
+        _check_graph(found)
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{found.name}: a text in it is not UTF-8; the file is damaged") from error
     if found.opset < OLDEST_OPSET:
         found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
     if found.proto.functions:
@@ -243,13 +251,23 @@ _PACKED_BITS = {getattr(onnx.TensorProto, name): 2 for name in ("INT2", "UINT2")
 
 
 def _check_names(model: ModelFile) -> None:
-    """Refuse names that are no text, and weights that hide a tensor around their graph: ONNX's checker sees neither."""
+    """Refuse names that are no text, types that do not exist, and weights that hide a tensor around their graph.
+
+    ONNX's checker sees none of them.
+    """
     for graph in iter_graphs(model.proto.graph):
-        nodes = ((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
-        values = (value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
-        for name in (*values, *itertools.chain.from_iterable(nodes)):
+        names: list[object] = [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
+        names += [tensor.name for tensor in graph.initializer]
+        names += [d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
+        names += [n for node in graph.node for n in (node.name, node.op_type, *node.input, *node.output)]
+        for name in names:
             if isinstance(name, bytes):  # how protobuf gives what it cannot decode
                 raise ModelError(f"{model.name}: name {name!r} is not UTF-8 text; the file is damaged")
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type not in onnx.TensorProto.DataType.values():
+                raise ModelError(
+                    f"{model.name}: tensor '{value.name}': unknown element type {value.type.tensor_type.elem_type}"
+                )
     _check_hidden(model, model.proto.graph, frozenset())
 
 

@@ -20,7 +20,8 @@ _NUDGE = 1e-4
 def output_error(name: str, found: Any, reference: Any) -> OutputError:
     """Return how far an output is from its reference; -1 where shapes differ or only one of them is finite."""
     a, b = flat(found), flat(reference)
-    if a.shape != b.shape:
+    arrays = isinstance(found, np.ndarray) and isinstance(reference, np.ndarray)
+    if a.shape != b.shape or (arrays and found.shape != reference.shape):
         return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     error = float(np.abs(np.subtract(a, b, out=np.zeros_like(a), where=~same)).max(initial=0.0))

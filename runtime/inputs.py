@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ _DTYPES: dict[str, Any] = {
 # Sizes tried for dimensions that a model leaves open, until one runs: first axis (the batch), then all others.
 _BATCHES = (2, 1)
 _SIZES = (32, 64, 224, 416, 8, 16, 128, 4, 1, 3, 2, 299)
+_LARGEST_INPUT = 1 << 28  # elements: what a file declares must not take all memory
 _TOKENS = 8  # generated integers of 32 or 64 bits are indices more often than not: kept small
 
 
@@ -82,6 +84,8 @@ def fitting_inputs(session: Any, seed: int) -> tuple[Inputs, list[Any]]:
     """
     last: FaultRunError | None = None
     for sizes in _assignments(session.get_inputs()):
+        if max((math.prod(_shape(value, sizes)) for value in session.get_inputs()), default=0) > _LARGEST_INPUT:
+            continue
         inputs = {
             value.name: _generate(value, sizes, np.random.default_rng([seed, number]))
             for number, value in enumerate(session.get_inputs())
@@ -90,7 +94,8 @@ def fitting_inputs(session: Any, seed: int) -> tuple[Inputs, list[Any]]:
             return inputs, list(run(session, inputs))
         except FaultRunError as error:
             last = error
-    raise DataError(f"no generated inputs fit the model; give real ones with --inputs FILE.npz ({last})") from last
+    reason = last or f"an input would have more than {_LARGEST_INPUT} elements"
+    raise DataError(f"no generated inputs fit the model; give real ones with --inputs FILE.npz ({reason})") from last
 
 
 def _assignments(declared: Any) -> Iterator[dict[tuple[str, int] | str, int]]:
@@ -111,9 +116,12 @@ def _key(value: Any, axis: int) -> tuple[str, int] | str:
     return dim if isinstance(dim, str) else (value.name, axis)
 
 
+def _shape(value: Any, sizes: dict[tuple[str, int] | str, int]) -> list[int]:
+    return [sizes.get(_key(value, axis), dim) for axis, dim in enumerate(value.shape)]
+
+
 def _generate(value: Any, sizes: dict[tuple[str, int] | str, int], rng: np.random.Generator) -> npt.NDArray[Any]:
-    shape = [sizes.get(_key(value, axis), dim) for axis, dim in enumerate(value.shape)]
-    return random_array(np.dtype(declared_dtype(value.name, value.type)), shape, rng)
+    return random_array(np.dtype(declared_dtype(value.name, value.type)), _shape(value, sizes), rng)
 
 
 def random_array(dtype: np.dtype[Any], shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from rerampile.checks import check_checksums, check_placement, decode_rows, weight_bytes
 from rerampile.deployment import Deployment, layer_coding, load_deployment
-from rerampile.errors import InternalError, PlanFormatError
+from rerampile.errors import FaultRunError, InternalError, PlanFormatError, UnsupportedModelError
 from rerampile.files import DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
 from rerampile.onnx_file import file_sha256
@@ -30,7 +30,7 @@ from rerampile.runtime.inputs import fitting_inputs, inputs_from_file
 from rerampile.runtime.reference import write_reference
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.side_by_side import layer_errors
-from rerampile.tensor_file import TensorFile, TensorWriter
+from rerampile.tensor_file import TensorFile, TensorWriter, stores
 from rerampile.unit import Unit
 
 __all__ = ["Verify", "verify_deployment"]
@@ -157,9 +157,34 @@ def _run_both(unit: Unit, deployment: Deployment, errors: tuple[float, float]) -
         else [],
         layers=layers or [],
     )
-    require_tolerance(verification.layers, _tolerance(unit, None), f"{unit.model.name}, layer by layer")
-    require_tolerance(verification.outputs, verification.tolerance, unit.model.name)
+    _require(unit, verification, held)
     return verification
+
+
+def _require(unit: Unit, found: Verification, held: Outputs) -> None:
+    """Refuse a deployed model that is not within tolerance, or a comparison that says nothing.
+
+    Raises:
+        FaultRunError: An error is above tolerance, or the reference gives nothing but NaN.
+        UnsupportedModelError: The model draws random numbers, so that no two runs of it agree.
+    """
+    numbers = [flat(output) for output in held]
+    if any(n.size for n in numbers) and all(np.isnan(n).all() for n in numbers):
+        raise FaultRunError(
+            f"{unit.model.name}: every output is NaN, so that nothing can be compared; "
+            f"give inputs that the model is made for with --inputs FILE.npz"
+        )
+    try:
+        require_tolerance(found.layers, _tolerance(unit, None), f"{unit.model.name}, layer by layer")
+        require_tolerance(found.outputs, found.tolerance, unit.model.name)
+    except FaultRunError as error:
+        random = next((node for node in unit.graph.nodes if node.random), None)
+        if random is None:
+            raise
+        raise UnsupportedModelError(
+            f"{unit.model.name}: node '{random.full_name}' ({random.op}) draws random numbers: no two runs agree "
+            f"and none can be verified; export the model for inference"
+        ) from error
 
 
 @contextmanager
@@ -212,11 +237,16 @@ def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.fl
 def _keep_reference(path: Path, inputs: Mapping[str, npt.NDArray[Any]], names: Sequence[str], outputs: Outputs) -> None:
     """Write the inputs and the reference outputs, so that the folder can be verified later without the model."""
     tensors = {f"input/{name}": value for name, value in inputs.items()}
-    tensors |= {f"output/{name}": flat(value) for name, value in zip(names, outputs, strict=True)}
+    tensors |= {f"output/{name}": _recorded(value) for name, value in zip(names, outputs, strict=True)}
     announced = [(name, value.dtype, value.shape) for name, value in tensors.items()]
     with TensorWriter(path, announced, {"format": "rerampile-verification"}) as writer:
         for name in writer.specs:
             writer.write(name, tensors[name])
+
+
+def _recorded(value: Any) -> npt.NDArray[Any]:
+    """Return an output as a tensor file holds it: itself, or flat where it is text, a sequence or a map."""
+    return value if isinstance(value, np.ndarray) and stores(value.dtype) else flat(value)
 
 
 def verify_deployment(folder: str | Path) -> Verification:
@@ -246,7 +276,7 @@ def verify_deployment(folder: str | Path) -> Verification:
     session = open_session(deployment.model_path)
     names = [output.name for output in session.get_outputs()]
     found = run(session, inputs)
-    outputs = [output_error(n, f, reference.read(f"output/{n}")) for n, f in zip(names, found, strict=True)]
+    outputs = [output_error(n, _recorded(f), reference.read(f"output/{n}")) for n, f in zip(names, found, strict=True)]
     require_tolerance(outputs, recorded.tolerance, str(deployment.folder))
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
@@ -255,7 +285,13 @@ def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: Laye
     """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
     digest, kept = hashlib.sha256(), None
     if layer.mask is not None and masks is not None:
-        kept = layer.view.matrix(masks.read(layer.mask.tensor))
+        mask = masks.read(layer.mask.tensor)
+        if mask.dtype != np.bool_ or mask.shape != tuple(layer.weight_shape):
+            raise PlanFormatError(
+                f"{masks.path}: tensor '{layer.mask.tensor}': {mask.dtype} {list(mask.shape)}, expected bool "
+                f"{layer.weight_shape}"
+            )
+        kept = layer.view.matrix(mask)
     for rows, weights in decode_rows(deployment, layer):
         digest.update(weight_bytes(weights))
         if kept is not None and weights[~kept[rows]].any():

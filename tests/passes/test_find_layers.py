@@ -497,7 +497,9 @@ def test_all_zero_layer_is_legal(compile_text: Compile) -> None:
 
 
 def test_nothing_maps_is_an_error(compile_text: Compile) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"nothing maps to a crossbar.*Relu: the operator has no weight"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"nothing maps to a crossbar.*Relu: not an operator whose weights map"
+    ):
         compile_text(f"{HEADER} g (float[2] x) => (float[2] y) {{ y = Relu (x) }}")
 
 
@@ -518,7 +520,9 @@ def test_groups_that_do_not_divide(tmp_path: Path, weight: Weight) -> None:
 def test_weights_that_are_no_numbers(value: float, compile_text: Compile, weight: Weight) -> None:
     weights = weight(4, 3)
     weights[2, 1] = value
-    with pytest.raises(ModelError, match="layer 'W' has a NaN or infinite weight in output 1, expected finite"):
+    with pytest.raises(
+        ModelError, match="layer 'W' has a weight that is NaN, infinite or beyond float32 in output 1, expected finite"
+    ):
         compile_text(f"{HEADER} g (float[2,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weights})
 
 

@@ -261,8 +261,8 @@ def test_a_fold_that_overflows_stays(compile_text: Compile, weight: Weight) -> N
     """A variance of zero over a tiny epsilon gives factors that no weight survives."""
     norm = {name: weight(4) for name in NORM} | {"v": np.zeros(4, np.float32)}
     deployment = compile_text(
-        f"{HEADER} g (float[2,5] x) => (float[] y) {{ a = MatMul (x, W)"
-        " y = BatchNormalization <epsilon=0.0> (a, s, b, m, v) }",
+        f"{HEADER} g (float[2,5] x) => (float[] y, float[] z) {{ a = MatMul (x, W)"
+        " y = BatchNormalization <epsilon=0.0> (a, s, b, m, v) z = Neg (x) }",
         {"W": weight(5, 4)} | norm,
     )
     assert folds(deployment) == []

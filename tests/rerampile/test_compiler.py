@@ -334,3 +334,15 @@ def test_a_pass_of_your_own(small_model_file: Path, tmp_path: Path) -> None:
     first, *rest = PASSES
     compile_model(small_model_file, out=tmp_path / "out", passes=(Count(), first, Count(), *rest))
     assert seen == [0, 2]
+
+
+def test_what_the_user_puts_there_meanwhile_stays(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    """The folder is looked at when the compilation starts and again when it would be replaced."""
+
+    def progress(number: int, count: int, name: str, seconds: float | None, summary: Mapping[str, Any]) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("precious")
+
+    with pytest.raises(ConfigError, match="holds something else than a deployment"):
+        compile_model(small_model, out=tmp_path / "out", progress=progress)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/thesis.txt"]

@@ -291,3 +291,53 @@ def test_a_weight_that_hides_another() -> None:
     )
     onnx.checker.check_model(model)
     assert "initializer 'W' of graph 't' has the name of a tensor around that graph" in refusal(model)
+
+
+@pytest.mark.parametrize("field", ["producer_name", "doc_string", "domain"])
+def test_texts_that_are_not_utf8(field: str, small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    setattr(model, field, "§§§")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace("§§§".encode(), b"\xff\xc2\xa7\xc2\xa7\xff"))
+    assert refusal(path) == "m.onnx: a text in it is not UTF-8; the file is damaged"
+
+
+def test_declared_types_that_do_not_exist(small_model: onnx.ModelProto) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    model.graph.input[0].type.tensor_type.elem_type = 65
+    assert refusal(model) == "small: tensor 'image': unknown element type 65"
+
+
+@pytest.mark.parametrize("text", ["image", "Relu", "batch_size", "conv_weight"])
+def test_names_that_are_not_utf8(text: str, small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch_size"
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace(text.encode(), b"\xff" * len(text)))
+    assert "is not UTF-8 text; the file is damaged" in refusal(path)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Types that numpy lacks make graphsurgeon talk; stdout belongs to the user's data."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[2,4] x) => (float[2,3] y) {
+            q = Cast <to=17> (W) \n d = Cast <to=1> (q) \n y = MatMul (x, d) }"""
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 3), np.float32), "W"))
+    model.graph.value_info.append(helper.make_tensor_value_info("q", TensorProto.FLOAT8E4M3FN, [4, 3]))
+    compile_model(model, out=tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_operator_set_from_the_future(small_model: onnx.ModelProto) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    model.opset_import[0].version = 99
+    with pytest.raises(
+        UnsupportedModelError, match=r"operator set 99, expected at most .*; upgrade onnx and onnxruntime"
+    ):
+        load_model_file(model)

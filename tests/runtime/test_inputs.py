@@ -183,3 +183,11 @@ def test_files_that_are_no_inputs(content: bytes | None, session: Any, tmp_path:
     np.save(tmp_path / "array.npy", X)
     with pytest.raises(DataError, match=r"array.npy: not a readable .npz file: .*; write one with numpy.savez"):
         inputs_from_file(tmp_path / "array.npy", session)
+
+
+def test_a_declared_size_that_no_memory_holds(parse_model: Parse) -> None:
+    model = parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> g (float[{2**40}] x) => (float[1] y) {{ y = ReduceSum (x) }}'
+    )
+    with pytest.raises(DataError, match=r"\(an input would have more than 268435456 elements\)"):
+        fitting_inputs(open_session(model.SerializeToString()), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ import numpy as np
 import onnx
 import pytest
 
-from rerampile import PASSES, FaultRunError, InternalError, Target, compile_model, verify_deployment
+from rerampile import (
+    PASSES,
+    FaultRunError,
+    InternalError,
+    Target,
+    UnsupportedModelError,
+    compile_model,
+    verify_deployment,
+)
 from rerampile.runtime.compare import output_error, require_tolerance
 from rerampile.unit import Unit
 
@@ -108,3 +116,25 @@ def test_discrete_levels_are_compared_with_what_they_hold(small_model: onnx.Mode
     assert found is not None
     assert found.outputs[0].relative_error < 1e-5
     assert found.outputs_unquantised[0].relative_error > 0.01
+
+
+def test_a_model_that_draws_random_numbers_says_so(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    model = parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[64, 4] x) => (float[64, 4] y) '
+        "{ d = Dropout(x, ratio, training) y = MatMul(d, w) }",
+        w=np.eye(4, dtype=np.float32),
+        ratio=np.array(0.5, np.float32),
+        training=np.array(True),
+    )
+    with pytest.raises(UnsupportedModelError, match=r"\(Dropout\) draws random numbers: no two runs agree"):
+        compile_model(model, out=tmp_path / "out")
+
+
+def test_outputs_of_nothing_but_nan_prove_nothing(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    model = parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 4] x) => (float[1, 4] y) '
+        "{ p = MatMul(x, w) a = Abs(p) n = Neg(a) y = Log(n) }",
+        w=np.eye(4, dtype=np.float32),
+    )
+    with pytest.raises(FaultRunError, match="every output is NaN, so that nothing can be compared"):
+        compile_model(model, out=tmp_path / "out")
