@@ -205,7 +205,7 @@ class _Graph:
             bias = self._node("Cast", [node.input[2]], f"{prefix}.bias", to=TensorProto.FLOAT)
             if node.op_type == "Gemm":
                 beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-                factor = self._tensor(f"{prefix}.beta", np.float32(beta).reshape(()))
+                factor = self._tensor(f"{prefix}.beta", np.array(beta, np.float32))
                 bias = self._node("Mul", [bias, factor], f"{prefix}.scaled_bias")
             else:
                 shape = self._tensor(f"{prefix}.shape", np.array([-1, *[1] * (rank - 2)], np.int64))

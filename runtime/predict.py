@@ -120,8 +120,8 @@ def predict(
         faults: Independent faults, by failure rate.
         data: Inputs to calibrate with; targets are not needed.
         images: How many of them to use at most.
-        probe_images: How many of these each layer's noisy run sees; by default 8, or so few that all layers together
-            take half as long as the calibration run.
+        probe_images: How many of these each layer's noisy run sees; by default 8, or so few that those of all layers
+            are half as many as the images of the calibration run.
         batch: Images run at once.
         seed: Seed of the noise.
         progress: Called with (done, all): the calibration run and the noisy run of each layer count one each.

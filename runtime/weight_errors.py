@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.deployment import Deployment, layer_coding
-from rerampile.plan import ArrayPlan
+from rerampile.plan import ArrayPlan, Partition
 from rerampile.runtime.faults import FaultModel
 from rerampile.schemes import Coding, row_chunks
 from rerampile.target import Stuck, Target
@@ -29,6 +29,7 @@ __all__ = ["LayerErrors", "OffsetSums", "StuckCell"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,7 @@ class LayerErrors:
         ]
         self._placed = np.zeros((layer.groups, layer.outputs, layer.inputs), np.bool_)
         for partition in (p for partitions in self._arrays for p in partitions):
-            groups = np.arange(*partition.groups)
-            self._placed[np.ix_(groups, partition.output_indices, partition.input_indices)] = True
+            self._placed[np.ix_(*_places(partition))] = True
         transposed = layer.uses[0].op == "ConvTranspose"
         self.kernel = math.prod(layer.weight_shape[2:]) if transposed else 1  # outputs of one output channel
 
@@ -187,13 +187,13 @@ class LayerErrors:
         for partitions in shared:
             own = []
             for partition in partitions:
-                groups, outputs = np.arange(*partition.groups), partition.output_indices
+                groups, outputs, _ = _places(partition)
                 own.append(np.zeros((len(groups), layer.outputs), np.float32))
                 own[-1][:, outputs] = each[np.ix_(groups, outputs)]
             everything = sum(part.sum(axis=0) for part in own)
             for partition, part in zip(partitions, own, strict=True):
-                where = np.ix_(np.arange(*partition.groups), np.arange(layer.outputs), partition.input_indices)
-                leaks[where] += (everything - part)[:, :, None]
+                groups, _, inputs = _places(partition)
+                leaks[np.ix_(groups, np.arange(layer.outputs), inputs)] += (everything - part)[:, :, None]
         return leaks.reshape(-1, layer.inputs)
 
     def offset_sums(self) -> OffsetSums | None:
@@ -262,7 +262,13 @@ def _variance(coding: Coding, stuck: StuckCell, values: npt.NDArray[Any], gain: 
     return variance
 
 
-def _blocks(partitions: list[Any]) -> int:
+def _places(partition: Partition) -> tuple[Integers, Integers, Integers]:
+    """Return the groups, outputs and inputs of a partition."""
+    outputs, inputs = partition.output_indices, partition.input_indices
+    return np.arange(*partition.groups), np.array(outputs, np.int64), np.array(inputs, np.int64)
+
+
+def _blocks(partitions: list[Partition]) -> int:
     return sum(partition.groups[1] - partition.groups[0] for partition in partitions)
 
 
