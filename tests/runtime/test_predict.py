@@ -290,25 +290,31 @@ def test_quantised_layers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_layer_of_resnet18(scheme: str, project_root: Path, tmp_path: Path) -> None:
-    """The error of every layer on its own inputs, by running the errors that chips have as weights."""
-    source = resnet18(project_root)
+    """The error of every layer on its own inputs, by running the errors that chips have as weights.
+
+    Within a tenth, beyond two standard errors of the chips: those of the first layer differ widely.
+    """
+    source = resnet18(project_root, trained=scheme == "differential")
     deployment = compile_model(source, out=tmp_path / "out", mapping=scheme)
     data = open_dataset("generated", open_session(deployment.model_path), generate=4)
-    faults = FaultModel.of_rate(0.02)
+    faults = FaultModel.of_rate(0.05)
 
     found = predict(deployment, [faults], data, probe_images=1)
 
     assert len(found.rates[0].layers) == 21
     assert not found.not_predicted
-    expected = layers_by_monte_carlo(source, deployment, faults, next(data.batches(4)).inputs, chips=24)
-    np.testing.assert_allclose(nsr_of(found.rates[0], deployment), expected, rtol=0.1)
+    chips = layers_by_monte_carlo(source, deployment, faults, next(data.batches(4)).inputs, chips=24)
+    expected, deviation = chips.mean(axis=0), chips.std(axis=0, ddof=1)
+    difference = np.abs(nsr_of(found.rates[0], deployment) - expected)
+    assert (difference <= 0.1 * expected + 2 * deviation / np.sqrt(len(chips))).all()
+    assert np.median(difference / expected) < 0.02
 
 
-def resnet18(root: Path) -> onnx.ModelProto:
-    """The trained model where the checkout has it, else a narrow one with random weights."""
-    trained = root / "models" / "resnet18_cifar10.onnx"
-    if trained.is_file():
-        return onnx.load(trained)
+def resnet18(root: Path, trained: bool) -> onnx.ModelProto:
+    """The trained model if wanted and where the checkout has it, else a narrow one with random weights."""
+    path = root / "models" / "resnet18_cifar10.onnx"
+    if trained and path.is_file():
+        return onnx.load(path)
     sys.path.insert(0, str(root / "models"))
     try:
         spec = importlib.util.spec_from_file_location("resnet18", root / "models" / "resnet18.py")
@@ -357,11 +363,11 @@ def layers_by_monte_carlo(
 
     healthy = [np.array(deployment.weights(layer)) for layer in layers]
     injector, geometry = Injector(deployment), ChipGeometry.of(deployment)
-    total = np.zeros(len(layers))
+    found = []
     for number in range(chips):
         errors = [np.zeros_like(matrix) for matrix in healthy]
         for fault in injector.faults(draw_faults(geometry, model, deployment.target, seed=3, run=number)):
             assert fault.leaks is None
             errors[fault.layer].reshape(-1)[fault.index] = fault.value - healthy[fault.layer].take(fault.index)
-        total += energies(errors)
-    return np.asarray(total / chips / energies(healthy))
+        found.append(energies(errors))
+    return np.array(found) / energies(healthy)
