@@ -307,7 +307,7 @@ def test_each_layer_of_resnet18(scheme: str, project_root: Path, tmp_path: Path)
     expected, deviation = chips.mean(axis=0), chips.std(axis=0, ddof=1)
     difference = np.abs(nsr_of(found.rates[0], deployment) - expected)
     assert (difference <= 0.1 * expected + 2 * deviation / np.sqrt(len(chips))).all()
-    assert np.median(difference / expected) < 0.02
+    assert np.median(difference / expected) < 0.04
 
 
 def resnet18(root: Path, trained: bool) -> onnx.ModelProto:
