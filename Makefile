@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 MODEL := models/resnet18_cifar10.onnx
 DEMO := demo/resnet18
+REPORT := demo/validation
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage lint format typecheck check wheel-test clean
@@ -26,11 +27,13 @@ $(VENV)/.%: $(VENV)/.base
 	@$(PIP) install --editable '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.base ## Compile the shipped ResNet18 and show its plan
-	@rm -rf $(DEMO) && mkdir -p $(dir $(DEMO))
+demo: $(VENV)/.base ## Compile the shipped ResNet18, show its plan, run faulty chips
+	@rm -rf $(DEMO) $(REPORT) && mkdir -p $(dir $(DEMO))
 	$(BIN)/rerampile compile $(MODEL) --mapping differential -o $(DEMO)
 	$(BIN)/rerampile show $(DEMO)/plan.json
+	$(BIN)/rerampile validate $(DEMO) --runs 4 --images 32 -o $(REPORT)
 	@echo && echo 'The deployment is in $(DEMO)/. See README.md for what each file is.'
+	@echo 'What stuck cells do to it, on generated inputs: open $(REPORT)/report.html in a browser.'
 
 test: $(VENV)/.test ## Run the tests
 	@$(BIN)/pytest -q -n auto --maxprocesses 8
