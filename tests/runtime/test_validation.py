@@ -1,0 +1,153 @@
+"""Chips of a real deployment: the same results whatever happens on the way, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from rerampile import ConfigError, DataError, Deployment, compile_model
+from rerampile.cli import main
+from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
+from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.report import most_hit_array, write_report
+from rerampile.runtime.validation import Requirement, ValidationReport, validate
+
+
+@pytest.fixture(scope="module")
+def deployment(small_model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    return compile_model(small_model, out=tmp_path_factory.mktemp("validation") / "small.deployment")
+
+
+@pytest.fixture
+def experiment(deployment: Deployment) -> Experiment:
+    rates = tuple(FaultModel.of_rate(rate) for rate in (0.0, 0.02, 0.2))
+    return Experiment(folder=deployment.folder, faults=rates, images=24, batch=8, seed=3)
+
+
+def plain(report: ValidationReport) -> dict[str, object]:
+    return json.loads(msgspec.json.encode(report))
+
+
+def test_no_faults_is_the_clean_model_and_more_faults_are_worse(experiment: Experiment, tmp_path: Path) -> None:
+    report = validate(experiment, tmp_path / "j", runs=4)
+    none, some, many = (rate.metrics["output_error"].mean for rate in report.rates)
+    assert none == 0.0
+    assert 0.0 < some < many
+    assert next(rate.metrics["top1_agreement"].mean for rate in report.rates) == 100.0
+    counts = report.rates[1].faults
+    spread = np.sqrt(counts.cells * 0.02)
+    assert (counts.observed_off + counts.observed_on) * counts.cells == pytest.approx(
+        0.02 * counts.cells, abs=5 * spread
+    )
+
+
+def test_worker_count_and_interruption_change_nothing(experiment: Experiment, tmp_path: Path) -> None:
+    whole = plain(validate(experiment, tmp_path / "whole", runs=3))
+    assert plain(validate(experiment, tmp_path / "two", runs=3, jobs=2)) == whole
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").write_bytes(b"".join(lines[:4]) + lines[4][:7])
+    seen: list[int] = []
+    resumed = validate(experiment, tmp_path / "cut", runs=3, progress=lambda done, *_: seen.append(done))
+    assert plain(resumed) == whole
+    assert seen == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_journal_of_other_options_is_refused(experiment: Experiment, tmp_path: Path) -> None:
+    validate(experiment, tmp_path / "j", runs=1)
+    with pytest.raises(DataError, match="journal of another run: images_per_run was null, now 5"):
+        validate(replace(experiment, images_per_run=5), tmp_path / "j", runs=1)
+
+
+def test_drawn_maps_replay_what_was_drawn(experiment: Experiment, deployment: Deployment, tmp_path: Path) -> None:
+    model, geometry = experiment.faults[1], ChipGeometry.of(deployment)
+    chips = [draw_faults(geometry, model, deployment.target, seed=3, run=run) for run in range(3)]
+    write_fault_maps(tmp_path / "chips.safetensors", chips, deployment)
+    drawn = validate(experiment, tmp_path / "a", runs=3).rates[1]
+    replayed = validate(replace(experiment, faults=(), fault_map=tmp_path / "chips.safetensors"), tmp_path / "b").rates[
+        0
+    ]
+    assert replayed.metrics == drawn.metrics
+
+
+def test_each_chip_sees_images_of_its_own(experiment: Experiment, tmp_path: Path) -> None:
+    report = validate(replace(experiment, images_per_run=6), tmp_path / "j", runs=8)
+    found = report.rates[2].metrics["output_error"]
+    assert found.chip_deviation is not None
+    assert found.image_deviation is not None
+    assert found.image_deviation > 0
+    with pytest.raises(ConfigError, match="--images-per-run 25: expected 1 to 24"):
+        validate(replace(experiment, images_per_run=25), tmp_path / "k", runs=1)
+
+
+def test_chips_until_the_mean_is_known(experiment: Experiment, tmp_path: Path) -> None:
+    report = validate(experiment, tmp_path / "j", precision_points=3.0)
+    for rate in report.rates:
+        interval = rate.metrics["top1_agreement"].interval
+        assert interval is not None
+        assert (interval[1] - interval[0]) / 2 <= 3.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("top1", "expected METRIC >= NUMBER @ RATE"),
+        ("top1 >= ninety @ 0.1", "expected METRIC >= NUMBER @ RATE"),
+        ("top1_agreement >= 1 @ 0.5", "failure rate 0.5 was not run, expected one of 0, 0.02, 0.2"),
+        ("top1 >= 1 @ 0.02", "no metric 'top1', expected one of top1_agreement, output_error"),
+    ],
+)
+def test_requirements_that_do_not_fit(experiment: Experiment, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(experiment, tmp_path / "j", runs=1, requirements=[Requirement.parse(text)])
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
+    report = validate(experiment, tmp_path / "j", runs=3)
+    written = {
+        path.name for path in write_report(tmp_path, [report], command="a <b>", picture=most_hit_array(experiment))
+    }
+    assert written >= {"report.html", "report.json", "accuracy.svg", "accuracy.png", "array.png"}
+    page = (tmp_path / "report.html").read_text()
+    assert "a &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "src=" not in page
+    assert 'href="http' not in page
+    assert page.count("<figure>") == 3
+    assert f"{report.rates[2].metrics['output_error'].mean:.2f}" in page
+    assert msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=ValidationReport) == report
+
+
+def test_the_command_ends_with_three_where_a_requirement_fails(deployment: Deployment, tmp_path: Path) -> None:
+    arguments = ["validate", str(deployment.folder), "--runs", "2", "--images", "8", "-o", str(tmp_path / "out"), "-q"]
+    rate = ["--failure-rate", "0.2"]
+    done = CliRunner().invoke(main, [*arguments, *rate, "--require", "output_error <= 1000 @ 0.2", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["requirements"][0]["met"] is True
+    failed = CliRunner().invoke(main, [*arguments, *rate, "--require", "output_error <= 0 @ 0.2"])
+    assert failed.exit_code == 3
+    assert "not met" in failed.stdout
+    refused = CliRunner().invoke(
+        main, ["validate", str(deployment.folder), "--failure-rate", "1.5", "-o", str(tmp_path)]
+    )
+    assert refused.exit_code == 1
+    assert "--failure-rate 1.5: expected a fraction from 0 to 1" in refused.stderr
+
+
+def test_drawing_and_showing_fault_maps(deployment: Deployment, tmp_path: Path) -> None:
+    chips, picture = tmp_path / "chips.csv", tmp_path / "array.png"
+    folder = str(deployment.folder)
+    drawn = CliRunner().invoke(
+        main, ["faults", "draw", folder, "--failure-rate", "0.1", "--runs", "2", "-o", str(chips)]
+    )
+    assert drawn.exit_code == 0, drawn.output
+    shown = CliRunner().invoke(main, ["faults", "show", folder, str(chips), "--png", str(picture)])
+    assert shown.stdout.count("cells stuck off") == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
