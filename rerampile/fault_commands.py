@@ -125,7 +125,7 @@ def _fault_models(
     epilog=examples(
         "rerampile validate model.deployment",
         "rerampile validate model.deployment --data cifar10:DIR --failure-rate 0.01",
-        "rerampile validate out --data imagefolder:DIR --precision-points 0.2 --jobs 4",
+        "rerampile validate out --data imagefolder:DIR --precision-points 0.2",
         "rerampile validate out --data cifar10:DIR --require 'top1 >= 90 @ 0.001'",
     )
 )

@@ -66,7 +66,7 @@ class Journal:
         if not isinstance(found, dict) or found.get("format") != _FORMAT:
             raise DataError(f"{self.path}: not a journal of rerampile; name another file")
         there, here = found.get("experiment", {}), expected["experiment"]
-        for key in sorted(here.keys() | there.keys()):
+        for key in sorted(here.keys() | there.keys(), key=lambda key: (key == "data", key)):  # what was asked, first
             if there.get(key) != here.get(key):
                 raise DataError(
                     f"{self.path}: journal of another run: {key} was {json.dumps(there.get(key))}, now "

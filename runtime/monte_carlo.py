@@ -288,7 +288,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "faults": [dataclasses.asdict(model) for model in experiment.faults],
         "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
         "data": bench.data.digest,
-        "preprocessing": str(experiment.preprocessing),
+        "preprocessing": dataclasses.asdict(experiment.preprocessing),
         "metric": experiment.metric,
         "images": len(bench.images),
         "images_per_run": experiment.images_per_run,

@@ -160,22 +160,29 @@ class Requirement:
             pass
         raise ConfigError(f"--require '{text}': expected METRIC >= NUMBER @ RATE, as in 'top1 >= 90 @ 0.001'")
 
-    def check(self, rates: Sequence[RateReport]) -> RequirementResult:
-        """Compare the mean over chips with the bound.
+    def check_measured(self, rates: Sequence[float], metrics: Sequence[str]) -> None:
+        """Refuse a requirement that no result can meet or miss, before any work is done.
 
         Raises:
-            ConfigError: The metric or the rate was not measured.
+            ConfigError: The metric or the rate is not measured.
         """
-        at = next((r for r in rates if r.rate is not None and np.isclose(r.rate, self.rate, rtol=1e-9)), None)
-        if at is None:
-            known = ", ".join(f"{r.rate:g}" for r in rates if r.rate is not None)
+        if not any(self.is_at(rate) for rate in rates):
+            known = ", ".join(f"{rate:g}" for rate in rates) or "none"
             raise ConfigError(
-                f"--require '{self.text}': failure rate {self.rate:g} was not run, expected one of {known}"
+                f"--require '{self.text}': failure rate {self.rate:g} is not run, expected one of {known}"
             )
-        if self.metric not in at.metrics:
+        if self.metric not in metrics:
             raise ConfigError(
-                f"--require '{self.text}': no metric '{self.metric}', expected one of {', '.join(at.metrics)}"
+                f"--require '{self.text}': no metric '{self.metric}', expected one of {', '.join(metrics)}"
             )
+
+    def is_at(self, rate: float) -> bool:
+        """Whether the requirement is about a failure rate."""
+        return bool(np.isclose(rate, self.rate, rtol=1e-9, atol=0))
+
+    def check(self, rates: Sequence[RateReport]) -> RequirementResult:
+        """Compare the mean over chips with the bound."""
+        at = next(r for r in rates if r.rate is not None and self.is_at(r.rate))
         compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.relation]
         found = at.metrics[self.metric].mean
         return RequirementResult(text=self.text, found=found, met=bool(compare(found, self.bound)))
@@ -225,6 +232,8 @@ def validate(
     if precision_points is not None and not precision_points > 0:
         raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
     bench = Bench(experiment)
+    for requirement in requirements:
+        requirement.check_measured([model.rate for model in experiment.faults], bench.metric.names)
     count = len(bench.measured) if experiment.fault_map is not None else runs
     rates = range(bench.rates)
     with Journal(journal, experiment_record(bench)) as record:

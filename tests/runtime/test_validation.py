@@ -62,8 +62,8 @@ def test_worker_count_and_interruption_change_nothing(experiment: Experiment, tm
 
 def test_journal_of_other_options_is_refused(experiment: Experiment, tmp_path: Path) -> None:
     validate(experiment, tmp_path / "j", runs=1)
-    with pytest.raises(DataError, match="journal of another run: images_per_run was null, now 5"):
-        validate(replace(experiment, images_per_run=5), tmp_path / "j", runs=1)
+    with pytest.raises(DataError, match="journal of another run: seed was 3, now 4"):
+        validate(replace(experiment, seed=4), tmp_path / "j", runs=1)
 
 
 def test_drawn_maps_replay_what_was_drawn(experiment: Experiment, deployment: Deployment, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_chips_until_the_mean_is_known(experiment: Experiment, tmp_path: Path) -
     [
         ("top1", "expected METRIC >= NUMBER @ RATE"),
         ("top1 >= ninety @ 0.1", "expected METRIC >= NUMBER @ RATE"),
-        ("top1_agreement >= 1 @ 0.5", "failure rate 0.5 was not run, expected one of 0, 0.02, 0.2"),
+        ("top1_agreement >= 1 @ 0.5", "failure rate 0.5 is not run, expected one of 0, 0.02, 0.2"),
         ("top1 >= 1 @ 0.02", "no metric 'top1', expected one of top1_agreement, output_error"),
     ],
 )
