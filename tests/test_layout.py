@@ -155,3 +155,20 @@ def _part(name: str) -> str:
         return "face"
     second = name.split(".")[1]
     return second if second in {"passes", "runtime"} else "core"
+
+
+def test_what_is_imported_is_installed_with_the_package(project_root: Path) -> None:
+    """In a test environment anything may be there; a user has what pyproject.toml names, and what that brings."""
+    project = tomllib.loads((project_root / "pyproject.toml").read_text())["project"]
+    named = {re.match(r"[\w-]+", need)[0].lower().replace("-", "_") for need in project["dependencies"]}
+    named |= {"pil" if name == "pillow" else name for name in named} | {"google"}  # protobuf comes with onnx
+    imported: set[str] = set()
+    for folder in ("rerampile", "passes", "runtime"):
+        for path in sorted((project_root / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                    imported.add(node.module.split(".")[0])
+    foreign = {name for name in imported if name not in sys.stdlib_module_names} - {"rerampile"}
+    assert {name for name in foreign if name.lower() not in named} == set()
