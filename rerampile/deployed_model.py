@@ -39,7 +39,7 @@ def deployed_model(unit: Unit, conductances: Mapping[str, TensorSpec]) -> onnx.M
     model: onnx.ModelProto = copy_without(original, "graph")
     model.graph.CopyFrom(rewrite_graph(original.graph, edit.rewrite, edit.freed))
     model.graph.initializer.extend(edit.initializers)
-    model.functions.extend(edit.library.functions)
+    model.functions.extend(edit.crossbars.functions)
     model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     model.ir_version = deployed_ir_version(original)
     _move_digital_tensors(unit, model)
@@ -60,14 +60,14 @@ class _Edit:
         gone: Message identities of folded nodes.
         initializers: Cells, gains and folded biases.
         freed: Names that mapped or folded nodes no longer read.
-        library: The functions that calls refer to.
+        crossbars: The functions that calls refer to.
     """
 
     calls: dict[int, onnx.NodeProto]
     gone: set[int]
     initializers: list[TensorProto]
     freed: set[str]
-    library: FunctionLibrary
+    crossbars: FunctionLibrary
 
     @classmethod
     def of(cls, unit: Unit, specs: Mapping[str, TensorSpec]) -> _Edit:
@@ -91,7 +91,7 @@ class _Edit:
             edit.freed.update(name for n in folded for name in n.proto.input)
             after = [fold.node for fold in layer.folds if fold.side == "after"]
             outputs = after[-1].proto.output if after else node.proto.output
-            edit.calls[id(node.proto)] = edit.library.call(node, weights, bias, _moved_data(unit, layer), outputs)
+            edit.calls[id(node.proto)] = edit.crossbars.call(node, weights, bias, _moved_data(unit, layer), outputs)
         return edit
 
     def rewrite(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
