@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SCHEMES", "Coding", "Scheme", "row_chunks"]
+__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "row_chunks"]
 
 Scheme = Literal["two_column", "differential", "offset", "balanced"]
 SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 _CHUNK = 1 << 16  # weights handled at a time: a chunk and its temporaries stay in the second-level cache
-_TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
+TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +279,8 @@ class Coding:
     @cached_property
     def _combinations(self) -> npt.NDArray[np.float64]:
         """Value of every combination of level codes of all slices (measured table), indexed by the whole number."""
-        if self.steps >= _TABLE_LIMIT:
-            raise ValueError(f"{self.steps + 1} combinations of measured levels, more than {_TABLE_LIMIT}")
+        if self.steps >= TABLE_LIMIT:
+            raise ValueError(f"{self.steps + 1} combinations of measured levels, more than {TABLE_LIMIT}")
         table = np.array(self.level_table, np.float32).astype(np.float64)
         numbers = np.arange(self.steps + 1)
         levels = self.levels or 0

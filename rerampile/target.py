@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rerampile.errors import CapacityError, ConfigError, did_you_mean
-from rerampile.schemes import SCHEMES
+from rerampile.schemes import SCHEMES, TABLE_LIMIT
 
 __all__ = [
     "PAIR_LAYOUTS",
@@ -44,7 +44,6 @@ WORDS_FOR_NONE |= dict.fromkeys(_COUNTS, "unlimited")
 
 _FILE_LIMIT = 1_000_000  # bytes: room for a table of 2**15 levels, and nothing that takes long to parse
 _CODE_LIMIT = 2**24  # whole numbers up to here are exact in float32
-_TABLE_LIMIT = 2**16  # combinations of measured levels that the mapping enumerates
 _PRESETS = Path(__file__).parent / "targets"
 
 T = TypeVar("T")
@@ -268,7 +267,7 @@ class Target:
                 raise _expected("slices", "1 with analog cells (set cell.levels for more)", self.slices)
             return
         measured = self.cell.level_table is not None
-        limit, kind = (_TABLE_LIMIT, "measured levels") if measured else (_CODE_LIMIT, "levels")
+        limit, kind = (TABLE_LIMIT, "measured levels") if measured else (_CODE_LIMIT, "levels")
         if levels**self.slices > limit:
             most = max(n for n in range(25) if levels**n <= limit)
             raise _expected("slices", f"at most {most} with {levels} {kind} (levels ** slices <= {limit})", self.slices)

@@ -206,7 +206,6 @@ class Agreement:
     def __init__(self, outputs: Sequence[str]) -> None:
         self._outputs = tuple(outputs)
         self._clean: dict[int, list[npt.NDArray[Any]]] = {}
-        self._classes: int | None = None
         self._same: list[Scores] = []
         self._errors: list[Scores] = []
         self._indices: list[npt.NDArray[np.int64]] = []

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError, FaultRunError
+from rerampile.files import CONDUCTANCES
+from rerampile.onnx_file import file_sha256
 from rerampile.runtime.data import ImageDataset, open_dataset, write_first_image
 from rerampile.runtime.dataset import spread
 from rerampile.runtime.executor import open_executor
@@ -29,7 +31,7 @@ from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_session
 
-__all__ = ["Bench", "ChipResult", "Experiment", "run_chips"]
+__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "result_key", "run_chips"]
 
 _IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
 
@@ -98,10 +100,11 @@ class ChipResult:
     @property
     def key(self) -> str:
         """Key in the journal."""
-        return _key(self.run, self.rate)
+        return result_key(self.run, self.rate)
 
 
-def _key(run: int, rate: int) -> str:
+def result_key(run: int, rate: int) -> str:
+    """Return the key of a chip's result in the journal."""
     return f"run {run} rate {rate}"
 
 
@@ -238,13 +241,13 @@ def run_chips(
     Raises:
         FaultRunError: A process died; what was finished is in the journal.
     """
-    waiting = [item for item in work if _key(*item) not in journal.done]
+    waiting = [item for item in work if result_key(*item) not in journal.done]
     measured = (bench.chip(*item) for item in waiting) if jobs == 1 else _in_processes(bench.experiment, waiting, jobs)
     for result in measured:
         journal.add(result.key, dataclasses.asdict(result))
         if progress is not None:
             progress(result)
-    return [ChipResult(**journal.done[_key(*item)]) for item in work]
+    return [ChipResult(**journal.done[result_key(*item)]) for item in work]
 
 
 def _in_processes(experiment: Experiment, work: Sequence[tuple[int, int]], jobs: int) -> Iterator[ChipResult]:
@@ -284,7 +287,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
     experiment = bench.experiment
     return {
         "plan": placement_digest(bench.deployment.plan),
-        "conductances": bench.deployment.plan.files["conductances.safetensors"].sha256,
+        "conductances": bench.deployment.plan.files[CONDUCTANCES].sha256,
         "faults": [dataclasses.asdict(model) for model in experiment.faults],
         "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
         "data": bench.data.digest,
@@ -298,8 +301,6 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    from rerampile.onnx_file import file_sha256
-
     try:
         return file_sha256(path)
     except OSError as error:
