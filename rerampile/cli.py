@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from rerampile.command import PATH, examples, json_option, print_json
-from rerampile.fault_commands import faults, validate
+from rerampile.fault_commands import fault_maps
+from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -460,5 +461,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (validate, faults):
+for command in (validate, fault_maps):
     main.add_command(command)

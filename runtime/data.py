@@ -46,6 +46,7 @@ __all__ = [
     "ImageDataset",
     "open_dataset",
     "spread",
+    "without_split",
     "write_first_image",
 ]
 
@@ -97,6 +98,12 @@ def open_dataset(
         skip_bad=skip_bad,
     )
     return _ADAPTERS[adapter].open(source)
+
+
+def without_split(spec: str) -> str:
+    """Return a specification that names no split."""
+    adapter, colon, rest = spec.partition(":")
+    return f"{adapter}{colon}{_split_of(rest)[0]}"
 
 
 def _split_of(text: str) -> tuple[str, str | None]:

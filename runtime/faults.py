@@ -92,6 +92,11 @@ class FaultModel:
         return cls(stuck_off=rate * off / (off + on), stuck_on=rate * on / (off + on), **more)
 
     @property
+    def key(self) -> str:
+        """All of it in one line, exactly."""
+        return f"stuck_off {self.stuck_off!r} stuck_on {self.stuck_on!r} {self.distribution} by {self.rate_unit}"
+
+    @property
     def rate(self) -> float:
         """Failure rate: the probability that a cell (or weight) is stuck at all."""
         return self.stuck_off + self.stuck_on

@@ -19,9 +19,9 @@ from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError, FaultRunError
 from rerampile.files import CONDUCTANCES
 from rerampile.onnx_file import file_sha256
-from rerampile.runtime.data import ImageDataset, open_dataset, write_first_image
+from rerampile.runtime.data import Dataset, ImageDataset, open_dataset, without_split, write_first_image
 from rerampile.runtime.dataset import spread
-from rerampile.runtime.executor import open_executor
+from rerampile.runtime.executor import Executor, Inputs, Precision, open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector, LayerFaults
@@ -31,8 +31,9 @@ from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_session
 
-__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "result_key", "run_chips"]
+__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "run_chips"]
 
+_CALIBRATION_IMAGES = 64  # of which int8 learns ranges
 _IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
 
 Indices = npt.NDArray[np.int64]
@@ -54,6 +55,8 @@ class Experiment:
         batch: Images run at once.
         seed: Seed of the faults and of the choice of images.
         provider: ONNX Runtime execution provider.
+        precision: The arithmetic of the chips and of the fault-free model that they are compared with.
+        calibration: Data from which int8 learns the ranges of activations; None for ``data``, its split ``train``.
         skip_bad: Whether images that cannot be read are left out.
         first_image: Where to write the first image as the model sees it, or None.
     """
@@ -69,6 +72,8 @@ class Experiment:
     batch: int = 32
     seed: int = 0
     provider: str = "CPUExecutionProvider"
+    precision: Precision = "fp32"
+    calibration: str | None = None
     skip_bad: bool = False
     first_image: Path | None = None
 
@@ -79,7 +84,7 @@ class ChipResult:
 
     Attributes:
         run: Number of the chip.
-        rate: Index of the fault model; 0 for chips of a fault map.
+        rate: Index of the fault model in the experiment; 0 for chips of a fault map.
         values: Metrics, percent.
         clean: The same metrics of the fault-free deployment on the same images.
         within: Variance over images of the difference to the clean score, squared points, where images have scores.
@@ -97,16 +102,6 @@ class ChipResult:
     stuck_on: int
     non_finite: int
 
-    @property
-    def key(self) -> str:
-        """Key in the journal."""
-        return result_key(self.run, self.rate)
-
-
-def result_key(run: int, rate: int) -> str:
-    """Return the key of a chip's result in the journal."""
-    return f"run {run} rate {rate}"
-
 
 class Bench:
     """Everything that one process needs to measure chips, opened once.
@@ -118,18 +113,11 @@ class Bench:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.deployment = load_deployment(experiment.folder)
-        self.executor = open_executor(self.deployment, provider=experiment.provider)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_session(self.deployment.model_path)
-        self.data = open_dataset(
-            experiment.data,
-            session,
-            experiment.preprocessing,
-            generate=experiment.images or 64,
-            seed=experiment.seed,
-            skip_bad=experiment.skip_bad,
-        )
+        self.data = self._open_data(experiment.data, session)
+        self.executor, self.calibration = self._open_executor(session)
         self.metric = open_metric(experiment.metric, self.data, session)
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
@@ -143,6 +131,33 @@ class Bench:
         self.clean = self._learn()
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
+
+    def _open_data(self, spec: str, session: Any, split: str = "test") -> Dataset:
+        experiment = self.experiment
+        return open_dataset(
+            spec,
+            session,
+            experiment.preprocessing,
+            default_split=split,
+            generate=experiment.images or 64,
+            seed=experiment.seed,
+            skip_bad=experiment.skip_bad,
+        )
+
+    def _open_executor(self, session: Any) -> tuple[Executor, Dataset | None]:
+        """Open the deployed model, and the data that int8 learns from."""
+        experiment = self.experiment
+        data, inputs = None, list[Inputs]()
+        if experiment.precision == "int8":
+            data = self._open_data(experiment.calibration or without_split(experiment.data), session, "train")
+            wanted = spread(len(data), min(len(data), _CALIBRATION_IMAGES))
+            inputs = [batch.inputs for batch in data.batches(experiment.batch, wanted)]
+        elif experiment.calibration is not None:
+            raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
+        opened = open_executor(
+            self.deployment, precision=experiment.precision, provider=experiment.provider, calibration=inputs
+        )
+        return opened, data
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
@@ -173,6 +188,12 @@ class Bench:
             return self.measured[run]
         model = self.experiment.faults[rate]
         return draw_faults(self.geometry, model, self.deployment.target, seed=self.experiment.seed, run=run)
+
+    def key(self, run: int, rate: int) -> str:
+        """Return the key of a chip's result in the journal, the same whatever other rates are run."""
+        return (
+            f"run {run}" if self.experiment.fault_map is not None else f"run {run} {self.experiment.faults[rate].key}"
+        )
 
     def images_of(self, run: int) -> Indices:
         """Return which images a chip sees."""
@@ -241,13 +262,15 @@ def run_chips(
     Raises:
         FaultRunError: A process died; what was finished is in the journal.
     """
-    waiting = [item for item in work if result_key(*item) not in journal.done]
+    waiting = [item for item in work if bench.key(*item) not in journal.done]
     measured = (bench.chip(*item) for item in waiting) if jobs == 1 else _in_processes(bench.experiment, waiting, jobs)
     for result in measured:
-        journal.add(result.key, dataclasses.asdict(result))
+        kept = dataclasses.asdict(result)
+        del kept["rate"]  # a position, which another start may count otherwise
+        journal.add(bench.key(result.run, result.rate), kept)
         if progress is not None:
             progress(result)
-    return [ChipResult(**journal.done[result_key(*item)]) for item in work]
+    return [ChipResult(rate=rate, **journal.done[bench.key(run, rate)]) for run, rate in work]
 
 
 def _in_processes(experiment: Experiment, work: Sequence[tuple[int, int]], jobs: int) -> Iterator[ChipResult]:
@@ -288,7 +311,6 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
     return {
         "plan": placement_digest(bench.deployment.plan),
         "conductances": bench.deployment.plan.files[CONDUCTANCES].sha256,
-        "faults": [dataclasses.asdict(model) for model in experiment.faults],
         "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
         "data": bench.data.digest,
         "preprocessing": dataclasses.asdict(experiment.preprocessing),
@@ -297,6 +319,8 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "images_per_run": experiment.images_per_run,
         "seed": experiment.seed,
         "provider": experiment.provider,
+        "precision": experiment.precision,
+        "calibration": None if bench.calibration is None else bench.calibration.digest,
     }
 
 

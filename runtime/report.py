@@ -285,7 +285,7 @@ def _facts(report: ValidationReport) -> str:
         "images": f"{report.images:,}",
         "faults": faults,
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),
-        **{key.replace("_", " "): str(value) for key, value in report.plan.items() if key != "faults"},
+        **{key.replace("_", " "): str(value) for key, value in report.plan.items()},
         **{f"{name} version": version for name, version in report.versions.items()},
     }
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())

@@ -17,7 +17,7 @@ import onnxruntime
 from rerampile.errors import ConfigError
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import LOWER_IS_BETTER
-from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, result_key, run_chips
+from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, run_chips
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
     ChipStatistics,
@@ -240,7 +240,7 @@ def validate(
 
         def measure(chips: Sequence[int], rate_of: Sequence[int]) -> list[ChipResult]:
             work = [(run, rate) for run in chips for rate in rate_of]
-            finished = sum(result_key(*item) in record.done for item in work)
+            finished = sum(bench.key(*item) in record.done for item in work)
             if progress is not None:
                 progress(finished, len(work), None)
 

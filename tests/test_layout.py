@@ -18,7 +18,9 @@ FACES = {
     "rerampile.__main__",
     "rerampile.cli",
     "rerampile.compiler",
+    "rerampile.chip_options",
     "rerampile.fault_commands",
+    "rerampile.validate_command",
     "rerampile.show_validation",
 }
 """The modules that may see everything; all others are passes, runtime or core."""

@@ -151,3 +151,12 @@ def test_drawing_and_showing_fault_maps(deployment: Deployment, tmp_path: Path) 
     shown = CliRunner().invoke(main, ["faults", "show", folder, str(chips), "--png", str(picture)])
     assert shown.stdout.count("cells stuck off") == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_rates_use_the_chips_that_are_there(experiment: Experiment, tmp_path: Path) -> None:
+    validate(experiment, tmp_path / "j", runs=2)
+    more = replace(experiment, faults=(FaultModel.of_rate(0.01), *experiment.faults[:0:-1]))
+    seen: list[int] = []
+    report = validate(more, tmp_path / "j", runs=2, progress=lambda done, *_: seen.append(done))
+    assert seen == [4, 5, 6]
+    assert plain(report) == plain(validate(more, tmp_path / "fresh", runs=2))

@@ -1,0 +1,207 @@
+"""Options that commands about chips share. Only click is imported before a command runs.
+
+Each decorator reads a family of options and hands the command one argument made of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rerampile.runtime.faults import FaultModel
+
+__all__ = ["data_options", "effort_options", "execution_options", "fault_options", "seed_option"]
+
+_DEFAULT_RATES = (0.001, 0.005, 0.01)
+
+
+def _family(
+    options: tuple[Callable[[Any], Any], ...], argument: str, make: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a command some options, and passes them on as one argument.
+
+    Args:
+        options: The options, in the order of the help text.
+        argument: The command's argument.
+        make: Makes its value of the options, by their names.
+    """
+    names = [option.name for option in _parameters(options)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def read(*args: Any, **given: Any) -> Any:
+            family = {name: given.pop(name) for name in names}
+            return command(*args, **{argument: make(**family)}, **given)
+
+        for option in reversed(options):
+            read = option(read)
+        return read
+
+    return decorate
+
+
+def _parameters(options: tuple[Callable[[Any], Any], ...]) -> list[click.Parameter]:
+    """Return the parameters that option decorators make."""
+
+    def nothing() -> None: ...
+
+    for option in reversed(options):
+        option(nothing)
+    found: list[click.Parameter] = nothing.__click_params__  # type: ignore[attr-defined]
+    return found[::-1]
+
+
+def _numbers(separator: str) -> Callable[..., Any]:
+    """Return a callback that reads numbers between separators."""
+
+    def read(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        try:
+            return tuple(float(part) for part in value.split(separator))
+        except ValueError:
+            raise click.BadParameter(f"'{value}': expected numbers with '{separator}' between them") from None
+
+    return read
+
+
+# What chips suffer from.
+
+_FAULT_OPTIONS = (
+    click.option(
+        "--failure-rate",
+        "rates",
+        metavar="F,...",
+        callback=_numbers(","),
+        help="Fractions of cells that are stuck.  [default: 0.001,0.005,0.01]",
+    ),
+    click.option(
+        "--off-on",
+        metavar="A:B",
+        default="1:5.2",
+        show_default=True,
+        callback=_numbers(":"),
+        help="How the rate splits into stuck off and stuck on.",
+    ),
+    click.option("--stuck-off", type=float, metavar="P", help="Fraction stuck off, instead of a failure rate."),
+    click.option("--stuck-on", type=float, metavar="P", help="Fraction stuck on, instead of a failure rate."),
+    click.option(
+        "--rate-unit",
+        type=click.Choice(["cell", "weight"]),
+        default="cell",
+        show_default=True,
+        help="What rates are of.",
+    ),
+    click.option(
+        "--distribution",
+        type=click.Choice(["independent", "line", "cluster", "array"]),
+        default="independent",
+        show_default=True,
+        help="How faults lie, at the same rate.",
+    ),
+)
+
+
+def _fault_models(
+    rates: tuple[float, ...] | None,
+    off_on: tuple[float, ...],
+    stuck_off: float | None,
+    stuck_on: float | None,
+    rate_unit: Any,
+    distribution: Any,
+) -> tuple[FaultModel, ...]:
+    """Return a fault model for each asked rate."""
+    from rerampile.runtime.faults import FaultModel
+
+    more = {"rate_unit": rate_unit, "distribution": distribution}
+    if stuck_off is not None or stuck_on is not None:
+        if rates is not None:
+            raise click.UsageError("--failure-rate and --stuck-off or --stuck-on: expected one of the two ways")
+        return (FaultModel(stuck_off=stuck_off or 0.0, stuck_on=stuck_on or 0.0, **more),)
+    if len(off_on) != 2:
+        raise click.UsageError("--off-on: expected two numbers, as in 1:5.2")
+    return tuple(FaultModel.of_rate(rate, (off_on[0], off_on[1]), **more) for rate in rates or _DEFAULT_RATES)
+
+
+fault_options = _family(_FAULT_OPTIONS, "faults", _fault_models)
+"""Gives a command ``faults``: a tuple with the fault model of each asked failure rate."""
+
+# What they are measured on.
+
+_DATA_OPTIONS = (
+    click.option(
+        "--data",
+        metavar="DATA",
+        default="generated",
+        show_default=True,
+        help="cifar10:DIR, imagefolder:DIR, "
+        "coco:IMAGES,instances.json, npz:FILE (each with @train or @test), or generated inputs.",
+    ),
+    click.option("--images", type=click.IntRange(1), help="Use that many, spread over the data."),
+    click.option(
+        "--preprocess",
+        "preset",
+        metavar="PRESET",
+        help="imagenet, cifar10, yolo or raw; the following change a piece of it.",
+    ),
+    click.option("--size", metavar="H,W", help="Height and width."),
+    click.option("--resize", metavar="WAY", help="short, stretch, letterbox or none: how images get that size."),
+    click.option("--crop", metavar="SHARE", help="Share of the short side that 'short' keeps."),
+    click.option("--mean", metavar="A,B,C", help="Subtracted from red, green, blue."),
+    click.option("--std", metavar="A,B,C", help="What they are then divided by."),
+    click.option("--channels", metavar="ORDER", help="rgb or bgr."),
+    click.option("--layout", metavar="ORDER", help="nchw or nhwc."),
+    click.option("--pixel-range", metavar="LOW,HIGH", help="What black and white become before mean and std."),
+    click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read."),
+    click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images run at once."),
+)
+
+
+def _data(*, data: str, images: int | None, skip_bad: bool, batch: int, **pieces: str | None) -> dict[str, Any]:
+    """Return fields of :class:`~rerampile.runtime.monte_carlo.Experiment`."""
+    from rerampile.runtime.preprocessing import Preprocessing
+
+    preprocessing = Preprocessing.parse(**pieces)
+    return {"data": data, "preprocessing": preprocessing, "images": images, "skip_bad": skip_bad, "batch": batch}
+
+
+data_options = _family(_DATA_OPTIONS, "data", _data)
+"""Gives a command ``data``: what to measure on, as fields of an ``Experiment``."""
+
+# How many chips, and how they run.
+
+_EFFORT_OPTIONS = (
+    click.option("--runs", type=click.IntRange(1), default=100, show_default=True, help="Chips a failure rate."),
+    click.option(
+        "--precision-points", type=float, metavar="X", help="Instead: chips until the mean is known to X points."
+    ),
+    click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
+)
+
+effort_options = _family(_EFFORT_OPTIONS, "effort", dict)
+"""Gives a command ``effort``: keywords of :func:`~rerampile.runtime.validation.validate`."""
+
+_EXECUTION_OPTIONS = (
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "int8"]),
+        default="fp32",
+        show_default=True,
+        help="Arithmetic; int8 where cells hold at most 8 bits.",
+    ),
+    click.option(
+        "--calibration", metavar="DATA", help="Where int8 learns ranges of activations.  [default: the data, @train]"
+    ),
+    click.option(
+        "--provider", default="CPUExecutionProvider", show_default=True, help="ONNX Runtime execution provider."
+    ),
+)
+
+execution_options = _family(_EXECUTION_OPTIONS, "execution", dict)
+"""Gives a command ``execution``: how chips run, as fields of an ``Experiment``."""
+
+seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the chips.")

@@ -1,0 +1,138 @@
+"""The command ``validate``. Only click is imported before a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rerampile.chip_options import data_options, effort_options, execution_options, fault_options, seed_option
+from rerampile.command import PATH, examples, json_option, print_json
+
+if TYPE_CHECKING:
+    from rerampile.runtime.faults import FaultModel
+    from rerampile.runtime.monte_carlo import ChipResult
+
+__all__ = ["validate"]
+
+_UNMET = 3  # exit code: a requirement does not hold
+
+
+@click.command(
+    epilog=examples(
+        "rerampile validate model.deployment",
+        "rerampile validate model.deployment --data cifar10:DIR --failure-rate 0.01",
+        "rerampile validate out --data imagefolder:DIR --precision-points 0.2",
+        "rerampile validate out --data cifar10:DIR --require 'top1 >= 90 @ 0.001'",
+    )
+)
+@click.argument("folder", type=PATH)
+@data_options
+@click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each.")
+@click.option("--metric", default="auto", show_default=True, help="accuracy, map, agreement, or the one that suits.")
+@click.option("--first-image", metavar="FILE.png", type=PATH, help="Write the first image as the model sees it.")
+@fault_options
+@click.option("--fault-map", metavar="FILE", type=PATH, help="Run the chips of this file instead of drawing any.")
+@seed_option
+@effort_options
+@execution_options
+@click.option(
+    "--require", "required", metavar="TEXT", multiple=True, help="Exit with 3 if not met, as in 'top1 >= 90 @ 0.001'."
+)
+@click.option("-o", "--out", metavar="FOLDER", type=PATH, help="Where the report goes.  [default: NAME.validation]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@json_option
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    /,
+    folder: Path,
+    data: dict[str, Any],
+    images_per_run: int | None,
+    metric: str,
+    first_image: Path | None,
+    faults: tuple[FaultModel, ...],
+    fault_map: Path | None,
+    seed: int,
+    effort: dict[str, Any],
+    execution: dict[str, Any],
+    required: tuple[str, ...],
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run chips of a deployment with stuck cells, and report how accurate they are.
+
+    FOLDER is a deployment. Finished chips are kept in the report's folder: interrupted, the same command goes on.
+    """
+    import msgspec
+
+    from rerampile.runtime.monte_carlo import Experiment
+    from rerampile.runtime.report import most_hit_array, write_report
+    from rerampile.runtime.validation import Requirement
+    from rerampile.runtime.validation import validate as run_validation
+
+    experiment = Experiment(
+        folder=folder,
+        faults=() if fault_map is not None else faults,
+        fault_map=fault_map,
+        metric=metric,
+        images_per_run=images_per_run,
+        seed=seed,
+        first_image=first_image,
+        **data,
+        **execution,
+    )
+    requirements = [Requirement.parse(text) for text in required]
+    place = out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation")
+    place.mkdir(parents=True, exist_ok=True)
+    with _chips_progress(quiet) as progress:
+        report = run_validation(
+            experiment,
+            place / "journal.jsonl",
+            requirements=requirements,
+            progress=progress,
+            **effort,
+        )
+    command = f"rerampile {shlex.join(sys.argv[1:])}"
+    written = write_report(place, [report], command=command, picture=most_hit_array(experiment))
+    if as_json:
+        print_json(msgspec.to_builtins(report))
+    else:
+        from rerampile.show import console
+        from rerampile.show_validation import show_validation
+
+        show_validation(console(), report, next(path for path in written if path.suffix == ".html"))
+    if not all(requirement.met for requirement in report.requirements):
+        ctx.exit(_UNMET)
+
+
+@contextmanager
+def _chips_progress(quiet: bool) -> Iterator[Callable[[int, int, ChipResult | None], None] | None]:
+    """Show a bar with rate and time left on stderr where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("chips"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(finished: int, wanted: int, result: ChipResult | None) -> None:
+            text = "" if result is None else ", ".join(f"{name} {value:.2f}" for name, value in result.values.items())
+            bar.update(task, completed=finished, total=wanted, description=text)
+
+        yield update
