@@ -1,8 +1,8 @@
-"""Write what is generated of the plan format: its JSON Schema, and the tables and the example of its page.
+"""Write what is generated of the formats: the JSON Schemas, and the tables and the example of the plan's page.
 
     python docs/plan_format.py
 
-A test compares both files with what this would write.
+Tests compare the files with what this would write.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import onnx.parser
 
 import rerampile
 from rerampile.plan_schema import plan_schema
+from rerampile.runtime.report_schema import report_schema
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = ROOT / "rerampile" / "plan.schema.json"
+SCHEMAS = {"plan.schema.json": plan_schema, "report.schema.json": report_schema}
 PAGE = ROOT / "docs" / "plan-format.md"
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,9 +30,9 @@ EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
 Definition = dict[str, Any]
 
 
-def schema_text() -> str:
-    """The schema file."""
-    return json.dumps(plan_schema(), indent=1, ensure_ascii=False) + "\n"
+def schema_text(schema: Definition) -> str:
+    """A schema file."""
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def page_text(page: str) -> str:
@@ -103,5 +104,6 @@ def _type(value: Definition) -> str:
 
 
 if __name__ == "__main__":
-    SCHEMA.write_text(schema_text())
+    for name, schema in SCHEMAS.items():
+        (ROOT / "rerampile" / name).write_text(schema_text(schema()))
     PAGE.write_text(page_text(PAGE.read_text()))

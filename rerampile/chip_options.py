@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
 
-__all__ = ["data_options", "effort_options", "execution_options", "fault_options", "seed_option"]
+__all__ = ["data_options", "effort_options", "execution_options", "fault_options", "metric_options", "seed_option"]
 
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
 
@@ -170,7 +170,17 @@ def _data(*, data: str, images: int | None, skip_bad: bool, batch: int, **pieces
 
 
 data_options = _family(_DATA_OPTIONS, "data", _data)
-"""Gives a command ``data``: what to measure on, as fields of an ``Experiment``."""
+"""Gives a command ``data``: what to run on, as fields of an ``Experiment``."""
+
+_METRIC_OPTIONS = (
+    click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each."),
+    click.option(
+        "--metric", default="auto", show_default=True, help="accuracy, map, agreement, or the one that suits."
+    ),
+)
+
+metric_options = _family(_METRIC_OPTIONS, "metric", dict)
+"""Gives a command ``metric``: how chips are scored, as fields of an ``Experiment``."""
 
 # How many chips, and how they run.
 

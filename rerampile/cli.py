@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tomllib
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.command import PATH, examples, json_option, print_json, scale_option, target_options
+from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.validate_command import validate
 
@@ -153,21 +153,6 @@ def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float |
         raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
 
 
-def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """Read each ``KEY=VALUE``: a dotted key and a value as TOML writes it; a bare word is a string."""
-    settings: dict[str, Any] = {}
-    for value in values:
-        key, sign, text = (part.strip() for part in value.partition("="))
-        if not (key and sign):
-            raise click.BadParameter(f"'{value}': expected KEY=VALUE, as in cell.levels=16")
-        try:
-            parsed = tomllib.loads(f"value = {text}")
-        except ValueError:
-            parsed = {}
-        settings[key] = parsed["value"] if list(parsed) == ["value"] else text
-    return settings
-
-
 # Commands.
 
 
@@ -204,32 +189,13 @@ def main() -> None:
     type=PATH,
     help="Folder to write; an earlier deployment there is replaced.  [default: MODEL's name + .deployment, here]",
 )
-@click.option(
-    "--target",
-    metavar="NAME|FILE.toml",
-    default="paper",
-    show_default=True,
-    help="The hardware: a preset (see 'rerampile targets') or a file.",
-)
-@click.option(
-    *("--set", "settings"),
-    metavar="KEY=VALUE",
-    multiple=True,
-    callback=_settings,
-    help="Change a key of the target, the value as in TOML. May be repeated.",
-)
+@target_options
 @click.option(
     "--mapping",
     type=_NearChoice(_SCHEMES),
     help="How a weight becomes cells.  [default: the target's]",
 )
-@click.option(
-    "--scale",
-    type=click.Choice(["channel", "tensor"]),
-    default="channel",
-    show_default=True,
-    help="One full scale for each output channel, or for the whole tensor.",
-)
+@scale_option
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
@@ -461,5 +427,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (validate, fault_maps):
+for command in (validate, compare, fault_maps):
     main.add_command(command)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["PATH", "examples", "json_option", "print_json"]
+__all__ = ["PATH", "examples", "json_option", "print_json", "scale_option", "target_options"]
 
 PATH = click.Path(path_type=Path)
 
@@ -29,3 +30,45 @@ def json_option(command: F) -> F:
 def print_json(data: Any) -> None:
     """Print data for programs."""
     click.echo(json.dumps(data, indent=1))
+
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Read each ``KEY=VALUE``: a dotted key and a value as TOML writes it; a bare word is a string."""
+    settings: dict[str, Any] = {}
+    for value in values:
+        key, sign, text = (part.strip() for part in value.partition("="))
+        if not (key and sign):
+            raise click.BadParameter(f"'{value}': expected KEY=VALUE, as in cell.levels=16")
+        try:
+            parsed = tomllib.loads(f"value = {text}")
+        except ValueError:
+            parsed = {}
+        settings[key] = parsed["value"] if list(parsed) == ["value"] else text
+    return settings
+
+
+def target_options(command: F) -> F:
+    """Give a command ``--target`` and ``--set``."""
+    command = click.option(
+        *("--set", "settings"),
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_settings,
+        help="Change a key of the target, the value as in TOML. May be repeated.",
+    )(command)
+    return click.option(
+        "--target",
+        metavar="NAME|FILE.toml",
+        default="paper",
+        show_default=True,
+        help="The hardware: a preset (see 'rerampile targets') or a file.",
+    )(command)
+
+
+scale_option = click.option(
+    "--scale",
+    type=click.Choice(["channel", "tensor"]),
+    default="channel",
+    show_default=True,
+    help="One full scale for each output channel, or for the whole tensor.",
+)

@@ -54,7 +54,7 @@ def show_faults(folder: Path, file: Path, chip: int, array_id: int, png: Path | 
     from rerampile.deployment import load_deployment
     from rerampile.errors import ConfigError
     from rerampile.runtime.fault_map import read_fault_maps
-    from rerampile.runtime.report import array_picture, draw_png
+    from rerampile.runtime.pictures import array_picture, render, stuck_picture
 
     deployment = load_deployment(folder)
     deployment.array_plan(array_id)
@@ -64,5 +64,6 @@ def show_faults(folder: Path, file: Path, chip: int, array_id: int, png: Path | 
     for number, found in enumerate(chips):
         click.echo(f"chip {number}: {found.stuck_off:,} cells stuck off, {found.stuck_on:,} stuck on")
     if png is not None:
-        png.write_bytes(draw_png(array_picture(deployment, chips[chip], array_id, f"array {array_id} of chip {chip}")))
+        picture = array_picture(deployment, chips[chip], array_id, f"array {array_id} of chip {chip}")
+        png.write_bytes(render(stuck_picture(picture))[1])
         click.echo(str(png), err=True)

@@ -1,4 +1,4 @@
-"""What ``validate`` shows in a terminal."""
+"""What ``validate`` and ``compare`` show in a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rerampile.runtime.comparison import ComparisonReport, Known
+from rerampile.runtime.report import known_text
 from rerampile.runtime.validation import ValidationReport
 from rerampile.show import facts_table, new_table, print_parts, printable
 
-__all__ = ["show_validation"]
+__all__ = ["show_comparison", "show_validation"]
 
 
 def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
@@ -43,3 +45,32 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
 
 def _half_width(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{(interval[1] - interval[0]) / 2:.2f}"
+
+
+def show_comparison(out: Console, report: ComparisonReport, page: Path) -> None:
+    """Print a comparison: drops by failure rate, what each deployment tolerates, where the report is."""
+    rates = [rate.rate for rate in report.validations[0].rates]
+    drops = new_table(
+        (f"drop of {report.metric}", "left"),
+        ("clean", "right"),
+        *((f"at {rate:.6g}", "right") for rate in rates),
+    )
+    for validation in report.validations:
+        found = [rate.metrics[report.metric] for rate in validation.rates]
+        cells = (f"{m.drop:.2f} ± {_half_width(m.drop_interval) or '–'}" for m in found)
+        drops.add_row(printable(validation.name), f"{validation.clean[report.metric]:.2f}", *cells)
+    heads = ("tolerated rate", "95 % interval", "times", "95 % interval")
+    tolerated = new_table((f"at a drop of {report.drop:g}", "left"), *((head, "right") for head in heads))
+    for compared, validation in zip(report.compared, report.validations, strict=True):
+        times = ("1", "") if compared.times is None else (known_text(compared.times), _ends(compared.times))
+        tolerated.add_row(printable(validation.name), known_text(compared.tolerated), _ends(compared.tolerated), *times)
+    print_parts(out, drops)
+    print_parts(out, tolerated)
+    chips = min(rate.metrics[report.metric].chips for v in report.validations for rate in v.rates)
+    known = [("chips", f"{chips:,}"), ("images", f"{report.validations[0].images:,}"), ("report", str(page))]
+    print_parts(out, facts_table([(name, printable(text)) for name, text in known]))
+
+
+def _ends(known: Known) -> str:
+    low, high = known.interval
+    return f"{low:.3g} to {'?' if high is None else f'{high:.3g}'}"

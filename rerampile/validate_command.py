@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import data_options, effort_options, execution_options, fault_options, seed_option
+from rerampile.chip_options import (
+    data_options,
+    effort_options,
+    execution_options,
+    fault_options,
+    metric_options,
+    seed_option,
+)
+from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, print_json
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
-    from rerampile.runtime.monte_carlo import ChipResult
 
 __all__ = ["validate"]
 
@@ -33,8 +38,7 @@ _UNMET = 3  # exit code: a requirement does not hold
 )
 @click.argument("folder", type=PATH)
 @data_options
-@click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each.")
-@click.option("--metric", default="auto", show_default=True, help="accuracy, map, agreement, or the one that suits.")
+@metric_options
 @click.option("--first-image", metavar="FILE.png", type=PATH, help="Write the first image as the model sees it.")
 @fault_options
 @click.option("--fault-map", metavar="FILE", type=PATH, help="Run the chips of this file instead of drawing any.")
@@ -53,8 +57,7 @@ def validate(
     /,
     folder: Path,
     data: dict[str, Any],
-    images_per_run: int | None,
-    metric: str,
+    metric: dict[str, Any],
     first_image: Path | None,
     faults: tuple[FaultModel, ...],
     fault_map: Path | None,
@@ -73,7 +76,8 @@ def validate(
     import msgspec
 
     from rerampile.runtime.monte_carlo import Experiment
-    from rerampile.runtime.report import most_hit_array, write_report
+    from rerampile.runtime.pictures import most_hit_array
+    from rerampile.runtime.report import write_report
     from rerampile.runtime.validation import Requirement
     from rerampile.runtime.validation import validate as run_validation
 
@@ -81,17 +85,16 @@ def validate(
         folder=folder,
         faults=() if fault_map is not None else faults,
         fault_map=fault_map,
-        metric=metric,
-        images_per_run=images_per_run,
         seed=seed,
         first_image=first_image,
         **data,
+        **metric,
         **execution,
     )
     requirements = [Requirement.parse(text) for text in required]
     place = out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation")
     place.mkdir(parents=True, exist_ok=True)
-    with _chips_progress(quiet) as progress:
+    with chips_progress(quiet) as progress:
         report = run_validation(
             experiment,
             place / "journal.jsonl",
@@ -100,7 +103,7 @@ def validate(
             **effort,
         )
     command = f"rerampile {shlex.join(sys.argv[1:])}"
-    written = write_report(place, [report], command=command, picture=most_hit_array(experiment))
+    written = write_report(place, report, command=command, picture=most_hit_array(experiment))
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:
@@ -110,29 +113,3 @@ def validate(
         show_validation(console(), report, next(path for path in written if path.suffix == ".html"))
     if not all(requirement.met for requirement in report.requirements):
         ctx.exit(_UNMET)
-
-
-@contextmanager
-def _chips_progress(quiet: bool) -> Iterator[Callable[[int, int, ChipResult | None], None] | None]:
-    """Show a bar with rate and time left on stderr where that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("chips"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(finished: int, wanted: int, result: ChipResult | None) -> None:
-            text = "" if result is None else ", ".join(f"{name} {value:.2f}" for name, value in result.values.items())
-            bar.update(task, completed=finished, total=wanted, description=text)
-
-        yield update

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-__all__ = ["ChipStatistics", "Interval", "VarianceParts", "chip_statistics", "chips_needed", "variance_parts"]
+__all__ = [
+    "ChipStatistics",
+    "Interval",
+    "VarianceParts",
+    "chip_statistics",
+    "chips_needed",
+    "t_interval",
+    "two_stage_interval",
+    "variance_parts",
+]
 
 Vector = npt.NDArray[np.float64]
 
@@ -42,6 +51,7 @@ class ChipStatistics:
         worst: The worst chip.
         fifth_percentile: One chip in twenty is worse.
         interval: 95 % t-interval of the mean.
+        drops: Loss of each chip, float64 [chips].
         drop: Mean loss (clean minus faulty, or faulty minus clean of an error), on the images that each chip saw.
         drop_interval: 95 % t-interval of the drop.
     """
@@ -53,6 +63,7 @@ class ChipStatistics:
     worst: float
     fifth_percentile: float
     interval: Interval
+    drops: Vector
     drop: float
     drop_interval: Interval
 
@@ -73,9 +84,10 @@ def chip_statistics(values: Vector, clean: Vector, *, lower_is_better: bool = Fa
         deviation=_deviation(values),
         worst=float(values.max() if lower_is_better else values.min()),
         fifth_percentile=float(np.percentile(values, 95 if lower_is_better else 5)),
-        interval=_t_interval(values),
+        interval=t_interval(values),
+        drops=drops,
         drop=float(drops.mean()),
-        drop_interval=_t_interval(drops),
+        drop_interval=t_interval(drops),
     )
 
 
@@ -83,7 +95,7 @@ def _deviation(values: Vector) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
-def _t_interval(values: Vector) -> Interval:
+def t_interval(values: Vector) -> Interval:
     """Return the t-interval of a mean; unbounded for a single value."""
     n = len(values)
     if n < 2:

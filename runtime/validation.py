@@ -65,6 +65,7 @@ class MetricReport(msgspec.Struct, kw_only=True, frozen=True):
         chip_deviation: Standard deviation between chips, were each measured on all images; null where all were.
         image_deviation: Standard deviation that sampling images adds to a chip; null where chips saw all of them.
         values: The metric of every chip, in the order of runs.
+        drops: The drop of every chip against clean on the images that it saw, points.
     """
 
     chips: int
@@ -79,6 +80,7 @@ class MetricReport(msgspec.Struct, kw_only=True, frozen=True):
     chip_deviation: float | None
     image_deviation: float | None
     values: list[float]
+    drops: list[float]
 
 
 class RateReport(msgspec.Struct, kw_only=True, frozen=True):
@@ -101,8 +103,8 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
     metrics: dict[str, MetricReport]
 
 
-class ValidationReport(msgspec.Struct, kw_only=True, frozen=True):
-    """What ``report.json`` holds.
+class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-validation"):
+    """What ``report.json`` of a validation holds.
 
     Attributes:
         format: What kind of file this is.
@@ -120,7 +122,6 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True):
         requirements: What was required, and whether it holds.
     """
 
-    format: str = "rerampile-validation"
     format_version: int = 1
     versions: dict[str, str]
     folder: str
@@ -133,6 +134,17 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True):
     clean: dict[str, float]
     rates: list[RateReport]
     requirements: list[RequirementResult]
+
+    @property
+    def name(self) -> str:
+        """What tells it from others in tables."""
+        return self.folder.removesuffix(".deployment")
+
+    @property
+    def label(self) -> str:
+        """What tells it from others in pictures: its name, mapping and scale."""
+        what = f"{self.mapping}, {self.scale} scale"
+        return what if self.name == self.mapping else f"{self.name} ({what})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,4 +341,5 @@ def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, preci
         chip_deviation=None if parts is None else parts.chips**0.5,
         image_deviation=None if parts is None else parts.images**0.5,
         values=[float(v) for v in values],
+        drops=[float(d) for d in found.drops],
     )

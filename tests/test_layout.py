@@ -19,6 +19,8 @@ FACES = {
     "rerampile.cli",
     "rerampile.compiler",
     "rerampile.chip_options",
+    "rerampile.chips_progress",
+    "rerampile.compare_command",
     "rerampile.fault_commands",
     "rerampile.validate_command",
     "rerampile.show_validation",

@@ -11,8 +11,10 @@ import pytest
 
 import rerampile
 from rerampile.errors import PlanFormatError
+from rerampile.json_schema import Definition
 from rerampile.plan import decode_plan
 from rerampile.plan_schema import plan_schema
+from rerampile.runtime.report_schema import report_schema
 
 REMEDY = "regenerate it with: python docs/plan_format.py"
 
@@ -28,18 +30,23 @@ def valid() -> Callable[[object], bool]:
     return jsonschema.Draft202012Validator(plan_schema()).is_valid
 
 
-def test_the_shipped_schema_is_current() -> None:
-    shipped = json.loads((files("rerampile") / "plan.schema.json").read_text(encoding="utf-8"))
-    assert shipped == plan_schema(), REMEDY
+SCHEMAS = pytest.mark.parametrize(("name", "schema"), [("plan", plan_schema()), ("report", report_schema())])
 
 
-def test_it_is_a_schema_of_draft_2020_12() -> None:
-    jsonschema.Draft202012Validator.check_schema(plan_schema())
+@SCHEMAS
+def test_the_shipped_schema_is_current(name: str, schema: Definition) -> None:
+    shipped = json.loads((files("rerampile") / f"{name}.schema.json").read_text(encoding="utf-8"))
+    assert shipped == schema, REMEDY
 
 
-def test_every_record_and_every_field_is_described() -> None:
-    schema = plan_schema()
-    records = {"Plan": schema, **schema["$defs"]}
+@SCHEMAS
+def test_it_is_a_schema_of_draft_2020_12(name: str, schema: Definition) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@SCHEMAS
+def test_every_record_and_every_field_is_described(name: str, schema: Definition) -> None:
+    records = schema["$defs"] | ({name: schema} if "properties" in schema else {})
     silent = [
         f"{name}.{field}" if field else name
         for name, record in records.items()

@@ -17,7 +17,8 @@ from rerampile.cli import main
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.monte_carlo import Experiment
-from rerampile.runtime.report import most_hit_array, write_report
+from rerampile.runtime.pictures import most_hit_array
+from rerampile.runtime.report import write_report
 from rerampile.runtime.validation import Requirement, ValidationReport, validate
 
 
@@ -112,7 +113,7 @@ def test_requirements_that_do_not_fit(experiment: Experiment, tmp_path: Path, te
 def test_the_report_is_one_page_that_needs_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
     report = validate(experiment, tmp_path / "j", runs=3)
     written = {
-        path.name for path in write_report(tmp_path, [report], command="a <b>", picture=most_hit_array(experiment))
+        path.name for path in write_report(tmp_path, report, command="a <b>", picture=most_hit_array(experiment))
     }
     assert written >= {"report.html", "report.json", "accuracy.svg", "accuracy.png", "array.png"}
     page = (tmp_path / "report.html").read_text()

@@ -1,0 +1,165 @@
+"""Compare deployments on the same chips: differences paired chip by chip, and tolerated failure rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from rerampile.errors import ConfigError
+from rerampile.runtime.metrics import LOWER_IS_BETTER
+from rerampile.runtime.statistics import Interval, t_interval
+from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
+from rerampile.runtime.validation import ValidationReport
+
+__all__ = ["Compared", "ComparisonReport", "Difference", "Known", "compare"]
+
+
+class Known(msgspec.Struct, kw_only=True, frozen=True):
+    """A number estimated from chips.
+
+    Attributes:
+        low: The estimate, or, where it differs from ``high``, all that the rates that were run say: not below this.
+        high: The estimate, or not above this; null where nothing bounds it.
+        interval: 95 % interval of the estimate, by resampling chips; an end that nothing bounds is null.
+    """
+
+    low: float
+    high: float | None
+    interval: tuple[float, float | None]
+
+
+class Difference(msgspec.Struct, kw_only=True, frozen=True):
+    """How much better than the reference a deployment is at one failure rate, points; more is better.
+
+    Attributes:
+        rate: Failure rate.
+        chips: Pairs of chips.
+        mean: Mean over pairs of the metric minus that of the reference (the other way round where less is better).
+        interval: 95 % interval of the mean, paired; null for one pair.
+    """
+
+    rate: float
+    chips: int
+    mean: float
+    interval: tuple[float, float] | None
+
+
+class Compared(msgspec.Struct, kw_only=True, frozen=True):
+    """One deployment beside the reference.
+
+    Attributes:
+        name: Its name in the comparison.
+        same_cells: Whether its arrays are those of the reference, so that the same cells are stuck on each chip.
+        tolerated: Failure rate at which the mean drop, against its own fault-free model, reaches the asked one.
+        times: How many times the failure rate that the reference tolerates; null for the reference itself.
+        differences: By failure rate; empty for the reference itself.
+    """
+
+    name: str
+    same_cells: bool
+    tolerated: Known
+    times: Known | None
+    differences: list[Difference]
+
+
+class ComparisonReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-comparison"):
+    """What ``report.json`` of a comparison holds.
+
+    Attributes:
+        format: What kind of file this is.
+        format_version: Version of the format.
+        metric: The metric that is compared.
+        drop: Drop of the metric, points, at which failure rates are compared.
+        reference: Name of the deployment that the others are compared with.
+        compared: The deployments, the reference first.
+        validations: What the chips of each did, in the same order.
+    """
+
+    format_version: int = 1
+    metric: str
+    drop: float
+    reference: str
+    compared: list[Compared]
+    validations: list[ValidationReport]
+
+
+def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> ComparisonReport:
+    """Compare validations of several deployments, the first of which is the reference.
+
+    Args:
+        validations: Of the same data, seed and failure rates; their folders' names tell them apart.
+        drop: Drop of the first metric, points, at which failure rates are compared.
+
+    Raises:
+        ConfigError: They have nothing to compare, or the drop is not above 0.
+    """
+    if not drop > 0:
+        raise ConfigError(f"--drop {drop:g}: expected more than 0 points")
+    if len(validations) < 2:
+        raise ConfigError(f"{len(validations)} deployment to compare, expected two or more")
+    reference, metric = validations[0], next(iter(validations[0].clean))
+    for other in validations[1:]:
+        if metric not in other.clean:
+            raise ConfigError(f"{other.folder}: no metric '{metric}', which {reference.folder} is measured by")
+    curves = [_curve(validation, metric) for validation in validations]
+    return ComparisonReport(
+        metric=metric,
+        drop=drop,
+        reference=reference.folder,
+        compared=[
+            Compared(
+                name=validation.folder,
+                same_cells=validation.plan["plan"] == reference.plan["plan"],
+                tolerated=_known(tolerated_rate(curve, drop)),
+                times=None if validation is reference else _known(rate_ratio(curve, curves[0], drop)),
+                differences=[] if validation is reference else _differences(validation, reference, metric),
+            )
+            for validation, curve in zip(validations, curves, strict=True)
+        ],
+        validations=list(validations),
+    )
+
+
+def _curve(validation: ValidationReport, metric: str) -> Curve:
+    """Return the drops of a validation's chips; where rates have different numbers of chips, the first of each."""
+    rates = sorted((r for r in validation.rates if r.rate), key=lambda r: r.rate or 0.0)
+    if not rates:
+        raise ConfigError(f"{validation.folder}: no failure rate above 0, expected one or more to compare at")
+    chips = min(r.metrics[metric].chips for r in rates)
+    return Curve(
+        rates=np.array([r.rate for r in rates], np.float64),
+        drops=np.array([r.metrics[metric].drops[:chips] for r in rates], np.float64),
+    )
+
+
+def _differences(validation: ValidationReport, reference: ValidationReport, metric: str) -> list[Difference]:
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    there = {r.rate: r.metrics[metric].values for r in reference.rates}
+    found = []
+    for rate in validation.rates:
+        if rate.rate is None or rate.rate not in there:
+            continue
+        here = rate.metrics[metric].values
+        chips = min(len(here), len(there[rate.rate]))
+        pairs = sign * (np.array(here[:chips]) - np.array(there[rate.rate][:chips]))
+        interval = t_interval(pairs) if chips > 1 else None
+        found.append(
+            Difference(
+                rate=rate.rate,
+                chips=chips,
+                mean=float(pairs.mean()),
+                interval=None if interval is None else (interval.low, interval.high),
+            )
+        )
+    return found
+
+
+def _known(estimate: Estimate) -> Known:
+    def closed(interval: Interval) -> tuple[float, float | None]:
+        return interval.low, None if math.isinf(interval.high) else interval.high
+
+    low, high = closed(estimate.range)
+    return Known(low=low, high=high, interval=closed(estimate.interval))
