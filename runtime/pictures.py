@@ -112,6 +112,9 @@ def rates_picture(reports: Sequence[ValidationReport], metric: str) -> Callable[
             axes.axhline(report.clean[metric], color=colour, lw=0.6, ls="--")
         if all(r.rate for report in reports for r in report.rates):
             axes.set_xscale("log")
+            ticks = sorted({r.rate for report in reports for r in report.rates if r.rate})
+            axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+            axes.minorticks_off()
         _label_axes(axes, "failure rate of a cell", f"{metric} (%)")
 
     return draw

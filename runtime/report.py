@@ -22,8 +22,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 figure { margin: 1rem 0; background: #fff; border-radius: 4px; } figure svg { width: 100%; height: auto; }
 figcaption { color: #444; padding: 0 .8rem .6rem; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
 pre { overflow-x: auto; padding: .6rem; background: #8881; } dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem;
   overflow-wrap: anywhere; } .met { color: #2e7d32; } .missed { color: #c62828; font-weight: 600; }

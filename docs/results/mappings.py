@@ -1,0 +1,161 @@
+r"""Measure how every mapping fares under stuck-at faults, with both scales, and write a page about it.
+
+A model is compiled eight times: four mappings, each with one scale a tensor (as in Yuan et al. 2021) and one a channel.
+The same chips are run on all of them, 100 for each failure rate. Finished chips are kept, so that an interrupted
+measurement goes on where it was.
+
+Example:
+    python docs/results/mappings.py models/resnet18_cifar10.onnx --data cifar10:DIR \
+        --name resnet18-cifar10 --title "ResNet18 on CIFAR-10"
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from rerampile import compile_model
+from rerampile.runtime.comparison import Compared, ComparisonReport, Known, compare
+from rerampile.runtime.faults import FaultModel
+from rerampile.runtime.monte_carlo import ChipResult, Experiment
+from rerampile.runtime.pictures import rates_picture, render
+from rerampile.runtime.report import known_text
+from rerampile.runtime.validation import MetricReport, ValidationReport, validate
+
+HERE = Path(__file__).resolve().parent
+MAPPINGS = ("two_column", "offset", "differential", "balanced")
+SCALES = ("tensor", "channel")
+
+
+def measure(options: argparse.Namespace) -> list[ValidationReport]:
+    """Compile the model with each mapping and scale, and run the chips; the baseline of the paper comes first."""
+    reports = []
+    for scale in SCALES:
+        for mapping in MAPPINGS:
+            folder = options.work / f"{mapping}-{scale}"
+            compile_model(options.model, out=folder, target=options.target, mapping=mapping, scale=scale)
+            experiment = Experiment(
+                folder=folder,
+                faults=tuple(FaultModel.of_rate(float(rate)) for rate in options.failure_rate.split(",")),
+                data=options.data,
+                images_per_run=options.images_per_run,
+            )
+            journal = options.work / f"{mapping}-{scale}.journal.jsonl"
+            reports.append(validate(experiment, journal, runs=options.runs, progress=say(folder.name)))
+    return reports
+
+
+def say(name: str) -> Callable[[int, int, ChipResult | None], None]:
+    """Return what prints a line now and then."""
+
+    def progress(finished: int, wanted: int, result: ChipResult | None) -> None:
+        if finished % 20 == 0 or finished == wanted:
+            print(f"{name}: {finished} of {wanted}", flush=True)
+
+    return progress
+
+
+def page(report: ComparisonReport, options: argparse.Namespace) -> str:
+    """Return the page in Markdown."""
+    first, metric = report.validations[0], report.metric
+    chips = min(rate.metrics[metric].chips for v in report.validations for rate in v.rates)
+    seen = f"{first.images:,} images"
+    if options.images_per_run is not None:
+        seen = f"{options.images_per_run} of {first.images:,} images a chip, drawn anew for each"
+    rates = [rate.rate for rate in first.rates]
+    lines = [
+        f"# {options.title}",
+        "",
+        f"Mean {metric} of {chips} simulated chips for each failure rate of a cell (stuck off : stuck on = 1 : 5.2),",
+        f"percent, with its 95 % interval, and the worst chip in brackets; {first.clean[metric]:.2f} % without faults.",
+        f"{seen}, target `{options.target}`, fp32 in ONNX Runtime {first.versions['onnxruntime']}.",
+        *([] if options.note is None else ["", options.note]),
+        "",
+        f"![{metric} over failure rate]({options.name}.svg)",
+        "",
+        row(["mapping", "scale", *(f"{rate:g}" for rate in rates)]),
+        row(["---"] * (2 + len(rates))),
+        *(
+            row([f"`{v.mapping}`", v.scale, *(accuracy(rate.metrics[metric]) for rate in v.rates)])
+            for v in report.validations
+        ),
+        "",
+        f"## Failure rate tolerated at a drop of {report.drop:g} point",
+        "",
+        "Each against its own fault-free model, between the rates above; *times* is in units of the first line, the",
+        "paper's baseline. Intervals are of 95 %, by resampling chips.",
+        "",
+        row(["mapping", "scale", "tolerated", "interval", "times", "interval"]),
+        row(["---"] * 6),
+        *(
+            row([f"`{v.mapping}`", v.scale, *tolerated(compared)])
+            for v, compared in zip(report.validations, report.compared, strict=True)
+        ),
+        "",
+        f"Every chip's value is in [{options.name}.json]({options.name}.json). To repeat it:",
+        "",
+        f"    python docs/results/mappings.py {repeat(options)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def repeat(options: argparse.Namespace) -> str:
+    """Return the arguments that repeat a measurement."""
+    words = [options.model.name, "--data", options.shown_data, "--name", options.name, "--title", options.title]
+    words += ["--failure-rate", options.failure_rate, "--runs", str(options.runs)]
+    words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
+    return shlex.join(words)
+
+
+def row(cells: Sequence[str]) -> str:
+    """Return a line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def accuracy(found: MetricReport) -> str:
+    """Return the mean with its interval, and the worst chip."""
+    low, high = found.interval or (found.mean, found.mean)
+    return f"{found.mean:.2f} ± {(high - low) / 2:.2f} ({found.worst:.1f})"
+
+
+def tolerated(compared: Compared) -> list[str]:
+    """Return the cells about tolerated failure rates."""
+    cells = [known_text(compared.tolerated), ends(compared.tolerated)]
+    return [*cells, "1", ""] if compared.times is None else [*cells, known_text(compared.times), ends(compared.times)]
+
+
+def ends(known: Known) -> str:
+    """Return an interval, with open ends."""
+    low, high = known.interval
+    return f"{low:.2g} … {'' if high is None else f'{high:.2g}'}"
+
+
+def main() -> None:
+    """Measure, and write the page, its picture and its numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
+    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
+    parser.add_argument("--name", required=True, help="of the page")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--note", help="what readers should know of the data")
+    parser.add_argument("--target", default="paper")
+    parser.add_argument("--failure-rate", default="0.001,0.005,0.01")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--images-per-run", type=int)
+    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
+    options = parser.parse_args()
+    options.shown_data = options.shown_data or options.data
+    report = compare(measure(options))
+    (HERE / f"{options.name}.md").write_text(page(report, options))
+    svg, _ = render(rates_picture(report.validations, report.metric))
+    (HERE / f"{options.name}.svg").write_text(svg)
+    (HERE / f"{options.name}.json").write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
