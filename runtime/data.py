@@ -46,7 +46,7 @@ __all__ = [
     "ImageDataset",
     "open_dataset",
     "spread",
-    "without_split",
+    "training_split",
     "write_first_image",
 ]
 
@@ -100,10 +100,13 @@ def open_dataset(
     return _ADAPTERS[adapter].open(source)
 
 
-def without_split(spec: str) -> str:
-    """Return a specification that names no split."""
-    adapter, colon, rest = spec.partition(":")
-    return f"{adapter}{colon}{_split_of(rest)[0]}"
+def training_split(spec: str) -> str:
+    """Return the specification of the training images beside some data; the data themselves if they have no splits."""
+    adapter, _, rest = spec.partition(":")
+    where, split = _split_of(rest)
+    folder = Path(where.rpartition(",")[0] or where)
+    splits = split is not None or adapter == "cifar10" or (adapter == "imagefolder" and (folder / "test").is_dir())
+    return f"{adapter}:{where}@train" if splits else spec
 
 
 def _split_of(text: str) -> tuple[str, str | None]:

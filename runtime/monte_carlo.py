@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError, FaultRunError
 from rerampile.files import CONDUCTANCES
 from rerampile.onnx_file import file_sha256
-from rerampile.runtime.data import Dataset, ImageDataset, open_dataset, without_split, write_first_image
+from rerampile.runtime.data import Dataset, ImageDataset, open_dataset, training_split, write_first_image
 from rerampile.runtime.dataset import spread
 from rerampile.runtime.executor import Executor, Inputs, Precision, open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
@@ -28,6 +29,7 @@ from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_session
 
@@ -103,6 +105,29 @@ class ChipResult:
     non_finite: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 learns the ranges of activations from.
+
+    Attributes:
+        name: The data.
+        images: How many of its images.
+        inputs: Their batches, held in memory.
+    """
+
+    name: str
+    images: int
+    inputs: list[Inputs]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the inputs, as hex."""
+        found = hashlib.sha256()
+        for name, array in (item for inputs in self.inputs for item in inputs.items()):
+            found.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
+
+
 class Bench:
     """Everything that one process needs to measure chips, opened once.
 
@@ -117,7 +142,8 @@ class Bench:
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_session(self.deployment.model_path)
         self.data = self._open_data(experiment.data, session)
-        self.executor, self.calibration = self._open_executor(session)
+        self.calibration = self._open_calibration(session)
+        self.executor = self._open_executor(experiment.precision)
         self.metric = open_metric(experiment.metric, self.data, session)
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
@@ -144,20 +170,33 @@ class Bench:
             skip_bad=experiment.skip_bad,
         )
 
-    def _open_executor(self, session: Any) -> tuple[Executor, Dataset | None]:
-        """Open the deployed model, and the data that int8 learns from."""
-        experiment = self.experiment
-        data, inputs = None, list[Inputs]()
-        if experiment.precision == "int8":
-            data = self._open_data(experiment.calibration or without_split(experiment.data), session, "train")
+    def _open_calibration(self, session: Any) -> Calibration | None:
+        """Read what int8 learns ranges from."""
+        experiment, given = self.experiment, self.experiment.calibration
+        if experiment.precision != "int8":
+            if given is not None:
+                raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
+            return None
+        require_int8(self.deployment)
+        spec = given or training_split(experiment.data)
+        try:
+            data = self._open_data(spec, session, "train")
             wanted = spread(len(data), min(len(data), _CALIBRATION_IMAGES))
-            inputs = [batch.inputs for batch in data.batches(experiment.batch, wanted)]
-        elif experiment.calibration is not None:
-            raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
-        opened = open_executor(
-            self.deployment, precision=experiment.precision, provider=experiment.provider, calibration=inputs
+            batches = list(data.batches(experiment.batch, wanted))
+            return Calibration(spec, sum(len(b.indices) for b in batches), [b.inputs for b in batches])
+        except (ConfigError, DataError) as error:
+            more = "" if given else "; name other data with --calibration"
+            raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
+
+    def _open_executor(self, precision: Precision) -> Executor:
+        inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
+        return open_executor(
+            self.deployment, precision=precision, provider=self.experiment.provider, calibration=inputs
         )
-        return opened, data
+
+    def clean_in_fp32(self) -> dict[str, float]:
+        """Return the metrics of the fault-free deployment on all images in fp32, whatever chips run in."""
+        return self._score(self.images, self._open_executor("fp32")).values
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
@@ -169,12 +208,12 @@ class Bench:
         """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
         for batch in self.data.batches(self.experiment.batch, self.images):
             self.metric.learn(self.executor.run(batch.inputs), batch)
-        return self._score(self.images)
+        return self._score(self.images, self.executor)
 
-    def _score(self, indices: Indices) -> MetricResult:
+    def _score(self, indices: Indices, executor: Executor) -> MetricResult:
         metric = self.metric.fresh()
         for batch in self.data.batches(self.experiment.batch, indices):
-            metric.update(self.executor.run(batch.inputs), batch)
+            metric.update(executor.run(batch.inputs), batch)
         return metric.result()
 
     @property
@@ -210,7 +249,7 @@ class Bench:
         indices = self.images_of(run)
         self.executor.apply(faults)
         try:
-            result = self._score(indices)
+            result = self._score(indices, self.executor)
         finally:
             self.executor.restore()
         clean, within = self._clean_on(result)

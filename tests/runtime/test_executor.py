@@ -366,8 +366,8 @@ def test_int8_beside_fp32(levels: int, slices: int, mapping: Any, tmp_path: Path
     int8 = open_executor(deployment, precision="int8", calibration=CALIBRATION)
     exact = open_executor(deployment, method="slow")
     assert int8.fidelity is not None
-    assert 0 < int8.fidelity < 0.03
-    assert int8.reason.startswith("int8 in 2 of 3 layers; on the calibration inputs the outputs are")
+    assert int8.fidelity.layers == 2
+    assert 0 < int8.fidelity.rms < 0.03
     clean = int8.run(CALIBRATION[0])[0]
     chip = _faults(deployment, 1, rate=0.02)
     steps = [
@@ -417,7 +417,7 @@ def test_int8_single_fault(tmp_path: Path) -> None:
         (
             None,
             {"calibration": CALIBRATION},
-            "cells of analog or measured levels in layer 'A', expected levels uniform",
+            "cells of analog conductances in layer 'A', expected levels uniform",
         ),
         (_levels(32, 2), {"calibration": CALIBRATION}, "cells of 1024 values in layer 'A', .* at most 256 values"),
         (_levels(16), {}, "no calibration inputs, expected at least one batch"),
