@@ -36,6 +36,7 @@ from rerampile.runtime.session import open_session
 __all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "run_chips"]
 
 _CALIBRATION_IMAGES = 64  # of which int8 learns ranges
+_CALIBRATION_BATCH = 8  # all activations of as many are in memory at once
 _IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
 
 Indices = npt.NDArray[np.int64]
@@ -182,7 +183,7 @@ class Bench:
         try:
             data = self._open_data(spec, session, "train")
             wanted = spread(len(data), min(len(data), _CALIBRATION_IMAGES))
-            batches = list(data.batches(experiment.batch, wanted))
+            batches = list(data.batches(_CALIBRATION_BATCH, wanted))
             return Calibration(spec, sum(len(b.indices) for b in batches), [b.inputs for b in batches])
         except (ConfigError, DataError) as error:
             more = "" if given else "; name other data with --calibration"

@@ -9,12 +9,13 @@ kernels.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import platform
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _MOST_VALUES = 256  # of all slices of a cell together
 _OPSET = 13  # the first with a scale an output channel
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _LARGEST = 127  # magnitude of an int8 weight
+_PERCENTILE = 99.999  # of activations lie in their range: outliers would cost all others precision
 _DEVIATIONS = 4  # how far from their mean the conductances of stuck cells are told apart
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
@@ -215,8 +217,13 @@ def _quantise(
     model: onnx.ModelProto, calibration: Sequence[Inputs], nodes: Collection[str], overrides: Mapping[str, Any]
 ) -> onnx.ModelProto:
     """Run ONNX Runtime's quantiser: nodes of mapped layers with given scales, everything between them calibrated."""
-    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
+    options = {
+        "TensorQuantOverrides": dict(overrides),
+        "CalibPercentile": _PERCENTILE,
+        "CalibStridedMinMax": 1,  # of any method: one batch after another, not all in memory
+    }
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "quantised.onnx"
         try:
@@ -228,7 +235,8 @@ def _quantise(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=[n.name for n in model.graph.node if n.op_type in _WEIGHTED and n.name not in nodes],
-                extra_options={"TensorQuantOverrides": dict(overrides)},
+                calibrate_method=CalibrationMethod.Percentile,
+                extra_options=options,
             )
         except Exception as error:
             raise FaultRunError(
@@ -241,18 +249,27 @@ class _Reader:
     """Calibration inputs, as ONNX Runtime's quantiser wants to be handed them."""
 
     def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self._inputs = iter(inputs)
+        self._inputs = inputs
+        self._waiting = iter(inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with some of the inputs."""
+        self._waiting = iter(self._inputs[start_index:end_index])
 
     def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
         """Return the next inputs, None after the last."""
-        return next((dict(inputs) for inputs in self._inputs), None)
+        return next((dict(inputs) for inputs in self._waiting), None)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice out of the log: its model was prepared by the compiler."""
+    """Keep the quantiser quiet: its progress, and advice on models that the compiler has prepared."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(logging.NOTSET)

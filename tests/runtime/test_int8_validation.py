@@ -149,7 +149,6 @@ def test_few_images_are_calibrated_with_once_each(deployment: Deployment, cifar:
             data=f"cifar10:{cifar}",
             precision="int8",
             calibration=f"cifar10:{cifar}@data_batch_1",
-            batch=8,
         )
     )
     assert bench.calibration is not None
