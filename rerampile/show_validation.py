@@ -68,7 +68,12 @@ def show_comparison(out: Console, report: ComparisonReport, page: Path) -> None:
     print_parts(out, drops)
     print_parts(out, tolerated)
     chips = min(rate.metrics[report.metric].chips for v in report.validations for rate in v.rates)
-    known = [("chips", f"{chips:,}"), ("images", f"{report.validations[0].images:,}"), ("report", str(page))]
+    known = [
+        ("chips", f"{chips:,}"),
+        ("images", f"{report.validations[0].images:,}"),
+        *((f"int8 {v.name}", int8_text(v)) for v in report.validations if v.int8 is not None),
+        ("report", str(page)),
+    ]
     print_parts(out, facts_table([(name, printable(text)) for name, text in known]))
 
 

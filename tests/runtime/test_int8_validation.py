@@ -115,6 +115,18 @@ def test_agreement_compares_fp32_with_int8(deployment: Deployment, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("_exact_int8")
+def test_comparison_in_int8(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """Each deployment says how far it is from fp32."""
+    onnx.save(model, tmp_path / "m.onnx")
+    words = ["compare", tmp_path / "m.onnx", "--mappings", "offset,differential", "--set", "cell.levels=16"]
+    effort = ["--precision", "int8", "--images", 8, "--runs", 2, "--failure-rate", "0.02,0.05", "-o", tmp_path / "c"]
+    done = CliRunner().invoke(main, [*map(str, [*words, *effort]), "-q"], env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("2 of 2 layers; without faults (in fp32): top1_agreement 100.00 %") == 2
+    assert (tmp_path / "c" / "report.html").read_text().count("2 of 2 layers; without faults (in fp32)") == 2
+
+
+@pytest.mark.usefixtures("_exact_int8")
 def test_int8_goes_on_where_it_was_interrupted(deployment: Deployment, cifar: Path, tmp_path: Path) -> None:
     """Other calibration data make another experiment, as fp32 does; processes change nothing."""
     experiment = Experiment(
