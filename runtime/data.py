@@ -46,6 +46,7 @@ __all__ = [
     "ImageDataset",
     "open_dataset",
     "spread",
+    "with_absolute_paths",
     "without_split",
     "write_first_image",
 ]
@@ -104,6 +105,15 @@ def without_split(spec: str) -> str:
     """Return a specification that names no split."""
     adapter, colon, rest = spec.partition(":")
     return f"{adapter}{colon}{_split_of(rest)[0]}"
+
+
+def with_absolute_paths(spec: str) -> str:
+    """Return a specification that names the same data whatever the current folder is."""
+    adapter, _, rest = spec.partition(":")
+    if adapter not in _ADAPTERS or not rest or adapter == "generated":
+        return spec
+    parts = rest.rsplit(",", 1) if "," in _ADAPTERS[adapter].form else [rest]
+    return f"{adapter}:{','.join(str(Path(part).absolute()) for part in parts)}"
 
 
 def _split_of(text: str) -> tuple[str, str | None]:
