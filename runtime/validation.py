@@ -328,7 +328,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
             observed_on=sum(r.stuck_on for r in results) / cells,
         ),
         non_finite=sum(r.non_finite for r in results),
-        metrics={name: _metric_report(bench, results, name, precision) for name in results[0].values},
+        metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
     )
 
 

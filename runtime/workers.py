@@ -7,6 +7,7 @@ after the worker that had done it died; its result is given once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -223,7 +224,7 @@ def _connected(address: str) -> Iterator[_Cluster]:
             f"--dask {address}: no scheduler answers there within {_ANSWER_SECONDS:g} s; expected HOST:PORT as "
             f"'dask scheduler' says when it starts"
         ) from error
-    with client:
+    with _unlogged("distributed.client"), client:
         try:
             client.wait_for_workers(1, timeout=_WORKERS_SECONDS)
         except TimeoutError as error:
@@ -232,6 +233,18 @@ def _connected(address: str) -> Iterator[_Cluster]:
             ) from error
         yield _Cluster(client, address)
         client.run(_portable()[1], on_error="ignore")
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger from telling of workers and schedulers that are lost: they come back, or an error says so."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _portable() -> tuple[Callable[[bytes, Any], Any], Callable[[], None]]:
