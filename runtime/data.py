@@ -47,6 +47,7 @@ __all__ = [
     "open_dataset",
     "spread",
     "training_split",
+    "with_absolute_paths",
     "write_first_image",
 ]
 
@@ -107,6 +108,15 @@ def training_split(spec: str) -> str:
     folder = Path(where.rpartition(",")[0] or where)
     splits = split is not None or adapter == "cifar10" or (adapter == "imagefolder" and (folder / "test").is_dir())
     return f"{adapter}:{where}@train" if splits else spec
+
+
+def with_absolute_paths(spec: str) -> str:
+    """Return a specification that names the same data whatever the current folder is."""
+    adapter, _, rest = spec.partition(":")
+    if adapter not in _ADAPTERS or not rest or adapter == "generated":
+        return spec
+    parts = rest.rsplit(",", 1) if "," in _ADAPTERS[adapter].form else [rest]
+    return f"{adapter}:{','.join(str(Path(part).absolute()) for part in parts)}"
 
 
 def _split_of(text: str) -> tuple[str, str | None]:

@@ -12,12 +12,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 
 from rerampile.errors import ConfigError
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import LOWER_IS_BETTER
-from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, run_chips
+from rerampile.runtime.monte_carlo import (
+    Bench,
+    ChipResult,
+    Experiment,
+    experiment_record,
+    run_chips,
+    software_versions,
+)
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
     ChipStatistics,
@@ -26,7 +32,7 @@ from rerampile.runtime.statistics import (
     two_stage_interval,
     variance_parts,
 )
-from rerampile.version import __version__
+from rerampile.runtime.workers import Workers, open_workers
 
 __all__ = ["Int8Report", "RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
 
@@ -247,6 +253,7 @@ def validate(
     precision_points: float | None = None,
     requirements: Sequence[Requirement] = (),
     jobs: int = 1,
+    dask: str | None = None,
     progress: Callable[[int, int, ChipResult | None], None] | None = None,
 ) -> ValidationReport:
     """Run chips of a deployment and say what came out.
@@ -259,6 +266,7 @@ def validate(
             to each side, by a two-stage rule.
         requirements: What has to hold.
         jobs: Processes.
+        dask: Address of a Dask scheduler whose workers measure instead.
         progress: Called with (finished, wanted, the new result or None) as work goes on.
 
     Raises:
@@ -268,6 +276,19 @@ def validate(
         raise ConfigError(f"--runs {runs}: expected 1 or more")
     if precision_points is not None and not precision_points > 0:
         raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
+    with open_workers(jobs, dask) as workers:  # first: whether they answer is known at once
+        return _validate(experiment, journal, runs, precision_points, requirements, workers, progress)
+
+
+def _validate(
+    experiment: Experiment,
+    journal: Path,
+    runs: int,
+    precision_points: float | None,
+    requirements: Sequence[Requirement],
+    workers: Workers | None,
+    progress: Callable[[int, int, ChipResult | None], None] | None,
+) -> ValidationReport:
     bench = Bench(experiment)
     for requirement in requirements:
         requirement.check_measured([model.rate for model in experiment.faults], bench.metric.names)
@@ -288,7 +309,7 @@ def validate(
                 if progress is not None:
                     progress(finished, len(work), result)
 
-            return run_chips(bench, work, record, jobs=jobs, progress=report)
+            return run_chips(bench, work, record, workers=workers, progress=report)
 
         if precision_points is None:
             results = measure(range(count), rates)
@@ -303,12 +324,7 @@ def validate(
     reports = [_rate_report(bench, [r for r in results if r.rate == rate], rate, precision_points) for rate in rates]
     plan = bench.deployment.plan
     return ValidationReport(
-        versions={
-            "rerampile": __version__,
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        versions={**software_versions(), "python": platform.python_version()},
         folder=bench.deployment.folder.name,
         model=plan.model.name,
         plan=dict(experiment_record(bench)),
@@ -354,7 +370,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
             observed_on=sum(r.stuck_on for r in results) / cells,
         ),
         non_finite=sum(r.non_finite for r in results),
-        metrics={name: _metric_report(bench, results, name, precision) for name in results[0].values},
+        metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
     )
 
 
