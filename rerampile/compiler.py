@@ -14,14 +14,14 @@ from typing import Any, Literal
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.errors import ConfigError, RerampileError, did_you_mean
+from rerampile.errors import ConfigError, RerampileError
 from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import SCHEMES, Scheme
+from rerampile.schemes import known_scheme
 from rerampile.target import Target
 from rerampile.unit import CompileOptions, Pass, Unit
 
@@ -76,7 +76,7 @@ def compile_model(
     """
     resolved = target if isinstance(target, Target) else Target.load(target)
     options = CompileOptions(
-        mapping=_known_scheme(mapping or resolved.mapping),
+        mapping=known_scheme(mapping or resolved.mapping),
         scale=_known_scale(scale),
         prune=_ratios(prune),
         masks=None if masks is None else Path(masks),
@@ -211,13 +211,6 @@ def _move_into_place(folder: Path, out: Path) -> None:
         earlier.rename(out)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _known_scheme(mapping: str) -> Scheme:
-    for scheme in SCHEMES:
-        if scheme == mapping:
-            return scheme
-    raise ConfigError(f"mapping '{mapping}': no such scheme{did_you_mean(mapping, SCHEMES)}")
 
 
 def _known_scale(scale: str) -> Literal["tensor", "channel"]:

@@ -31,7 +31,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "row_chunks"]
+from rerampile.errors import ConfigError, did_you_mean
+
+__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "known_scheme", "row_chunks"]
 
 Scheme = Literal["two_column", "differential", "offset", "balanced"]
 SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
@@ -41,6 +43,18 @@ Floats = npt.NDArray[np.float32]
 
 _CHUNK = 1 << 16  # weights handled at a time: a chunk and its temporaries stay in the second-level cache
 TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
+
+
+def known_scheme(name: str) -> Scheme:
+    """Return the scheme of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for scheme in SCHEMES:
+        if scheme == name:
+            return scheme
+    raise ConfigError(f"mapping '{name}': no such scheme{did_you_mean(name, SCHEMES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

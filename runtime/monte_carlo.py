@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from rerampile.checks import check_checksums
 from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError
-from rerampile.files import CONDUCTANCES
+from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
 from rerampile.runtime.data import (
     Dataset,
@@ -101,6 +102,7 @@ class ChipResult:
         stuck_off: Cells found stuck off.
         stuck_on: Cells found stuck on.
         non_finite: Images with an output that is not finite.
+        by_class: The first of the values by class, where it has classes.
     """
 
     run: int
@@ -111,6 +113,7 @@ class ChipResult:
     stuck_off: int
     stuck_on: int
     non_finite: int
+    by_class: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class Bench:
     def __init__(self, experiment: Experiment, learned: tuple[Metric, MetricResult] | None = None) -> None:
         self.experiment = experiment
         self.deployment = load_deployment(experiment.folder)
+        if learned is None:
+            check_checksums(self.deployment)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_session(self.deployment.model_path)
@@ -278,6 +283,7 @@ class Bench:
             stuck_off=found.stuck_off,
             stuck_on=found.stuck_on,
             non_finite=result.non_finite,
+            by_class=result.by_class,
         )
 
     def _clean_on(self, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
@@ -399,15 +405,19 @@ def software_versions() -> dict[str, str]:
 def experiment_record(bench: Bench) -> Mapping[str, Any]:
     """Return what makes results of two starts comparable, for the head of the journal."""
     experiment = bench.experiment
+    plan = bench.deployment.plan
     return {
-        "plan": placement_digest(bench.deployment.plan),
-        "conductances": bench.deployment.plan.files[CONDUCTANCES].sha256,
+        "plan": placement_digest(plan),
+        "target": hashlib.sha256(json.dumps(plan.target, sort_keys=True).encode()).hexdigest(),
+        "conductances": plan.files[CONDUCTANCES].sha256,
+        "model": plan.files[DEPLOYED].sha256,
         "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
         "data": bench.data.digest,
         "preprocessing": dataclasses.asdict(experiment.preprocessing),
         "metric": experiment.metric,
         "images": len(bench.images),
         "images_per_run": experiment.images_per_run,
+        "batch": experiment.batch,
         "seed": experiment.seed,
         "provider": experiment.provider,
         "precision": experiment.precision,
