@@ -46,8 +46,8 @@ __all__ = [
     "ImageDataset",
     "open_dataset",
     "spread",
+    "training_split",
     "with_absolute_paths",
-    "without_split",
     "write_first_image",
 ]
 
@@ -101,10 +101,13 @@ def open_dataset(
     return _ADAPTERS[adapter].open(source)
 
 
-def without_split(spec: str) -> str:
-    """Return a specification that names no split."""
-    adapter, colon, rest = spec.partition(":")
-    return f"{adapter}{colon}{_split_of(rest)[0]}"
+def training_split(spec: str) -> str:
+    """Return the specification of the training images beside some data; the data themselves if they have no splits."""
+    adapter, _, rest = spec.partition(":")
+    where, split = _split_of(rest)
+    folder = Path(where.rpartition(",")[0] or where)
+    splits = split is not None or adapter == "cifar10" or (adapter == "imagefolder" and (folder / "test").is_dir())
+    return f"{adapter}:{where}@train" if splits else spec
 
 
 def with_absolute_paths(spec: str) -> str:

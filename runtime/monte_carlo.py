@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,8 @@ from rerampile.runtime.data import (
     Dataset,
     ImageDataset,
     open_dataset,
+    training_split,
     with_absolute_paths,
-    without_split,
     write_first_image,
 )
 from rerampile.runtime.dataset import spread
@@ -34,6 +35,7 @@ from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_declared, release_memory
 from rerampile.runtime.workers import Workers
@@ -42,6 +44,7 @@ from rerampile.version import __version__
 __all__ = ["Bench", "ChipResult", "Experiment", "Learned", "experiment_record", "run_chips", "software_versions"]
 
 _CALIBRATION_IMAGES = 64  # of which int8 learns ranges
+_CALIBRATION_BATCH = 8  # all activations of as many are in memory at once
 _IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
 
 Indices = npt.NDArray[np.int64]
@@ -111,6 +114,29 @@ class ChipResult:
     non_finite: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 learns the ranges of activations from.
+
+    Attributes:
+        name: The data.
+        images: How many of its images.
+        inputs: Their batches, held in memory.
+    """
+
+    name: str
+    images: int
+    inputs: list[Inputs]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the inputs, as hex."""
+        found = hashlib.sha256()
+        for name, array in (item for inputs in self.inputs for item in inputs.items()):
+            found.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learned:
     """What a bench finds out when it is opened, and others of the same experiment on the same machine need not.
@@ -144,7 +170,8 @@ class Bench:
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)
         self.data = self._open_data(experiment.data, session)
-        self.executor, self.calibration = self._open_executor(session, None if learned is None else learned.layout)
+        self.calibration = self._open_calibration(session)
+        self.executor = self._open_executor(experiment.precision, None if learned is None else learned.layout)
         self.metric = open_metric(experiment.metric, self.data, session) if learned is None else learned.metric
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
@@ -177,24 +204,37 @@ class Bench:
             skip_bad=experiment.skip_bad,
         )
 
-    def _open_executor(self, session: Any, layout: BlockedModel | None) -> tuple[Executor, Dataset | None]:
-        """Open the deployed model, and the data that int8 learns from."""
-        experiment = self.experiment
-        data, inputs = None, list[Inputs]()
-        if experiment.precision == "int8":
-            data = self._open_data(experiment.calibration or without_split(experiment.data), session, "train")
+    def _open_calibration(self, session: Any) -> Calibration | None:
+        """Read what int8 learns ranges from."""
+        experiment, given = self.experiment, self.experiment.calibration
+        if experiment.precision != "int8":
+            if given is not None:
+                raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
+            return None
+        require_int8(self.deployment)
+        spec = given or training_split(experiment.data)
+        try:
+            data = self._open_data(spec, session, "train")
             wanted = spread(len(data), min(len(data), _CALIBRATION_IMAGES))
-            inputs = [batch.inputs for batch in data.batches(experiment.batch, wanted)]
-        elif experiment.calibration is not None:
-            raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
-        opened = open_executor(
+            batches = list(data.batches(_CALIBRATION_BATCH, wanted))
+            return Calibration(spec, sum(len(b.indices) for b in batches), [b.inputs for b in batches])
+        except (ConfigError, DataError) as error:
+            more = "" if given else "; name other data with --calibration"
+            raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
+
+    def _open_executor(self, precision: Precision, layout: BlockedModel | None = None) -> Executor:
+        inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
+        return open_executor(
             self.deployment,
-            precision=experiment.precision,
-            provider=experiment.provider,
+            precision=precision,
+            provider=self.experiment.provider,
             calibration=inputs,
             layout=layout,
         )
-        return opened, data
+
+    def clean_in_fp32(self) -> dict[str, float]:
+        """Return the metrics of the fault-free deployment on all images in fp32, whatever chips run in."""
+        return self._score(self.images, self._open_executor("fp32")).values
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
@@ -211,10 +251,10 @@ class Bench:
             scored.update(outputs, batch)
         return scored.result()
 
-    def _score(self, indices: Indices) -> MetricResult:
+    def _score(self, indices: Indices, executor: Executor) -> MetricResult:
         metric = self.metric.fresh()
         for batch in self.data.batches(self.experiment.batch, indices):
-            metric.update(self.executor.run(batch.inputs), batch)
+            metric.update(executor.run(batch.inputs), batch)
         return metric.result()
 
     @property
@@ -250,7 +290,7 @@ class Bench:
         indices = self.images_of(run)
         self.executor.apply(faults)
         try:
-            result = self._score(indices)
+            result = self._score(indices, self.executor)
         finally:
             self.executor.restore()
         clean, within = self._clean_on(result)

@@ -34,7 +34,7 @@ from rerampile.runtime.statistics import (
 )
 from rerampile.runtime.workers import Workers, open_workers
 
-__all__ = ["RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
+__all__ = ["Int8Report", "RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
 
 
 class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
@@ -109,6 +109,27 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
     metrics: dict[str, MetricReport]
 
 
+class Int8Report(msgspec.Struct, kw_only=True, frozen=True):
+    """How far int8 is from fp32, without faults.
+
+    Attributes:
+        layers: Layers in int8; the others stay in fp32.
+        of_layers: All layers.
+        calibration: Data from which the ranges of activations were learned.
+        calibration_images: How many images of them.
+        output_error: On these images, ‖int8 − fp32‖ / ‖fp32‖ over all outputs, percent.
+        clean_fp32: The report's ``clean`` metrics in fp32: on all images, percent. Those that compare with the model
+            itself compare with it in int8.
+    """
+
+    layers: int
+    of_layers: int
+    calibration: str
+    calibration_images: int
+    output_error: float
+    clean_fp32: dict[str, float]
+
+
 class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-validation"):
     """What ``report.json`` of a validation holds.
 
@@ -122,6 +143,8 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         mapping: Mapping scheme.
         scale: One scale a tensor or a channel.
         execution: How the model ran, and why so.
+        precision: The arithmetic, fp32 or int8.
+        int8: Of int8: how far it is from fp32.
         images: Images used.
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
@@ -136,6 +159,8 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     mapping: str
     scale: str
     execution: str
+    precision: str
+    int8: Int8Report | None
     images: int
     clean: dict[str, float]
     rates: list[RateReport]
@@ -267,6 +292,7 @@ def _validate(
     bench = Bench(experiment)
     for requirement in requirements:
         requirement.check_measured([model.rate for model in experiment.faults], bench.metric.names)
+    int8 = _int8_report(bench)
     count = len(bench.measured) if experiment.fault_map is not None else runs
     rates = range(bench.rates)
     with Journal(journal, experiment_record(bench)) as record:
@@ -305,10 +331,26 @@ def _validate(
         mapping=str(plan.options["mapping"]),
         scale=str(plan.options["scale"]),
         execution=f"{bench.executor.method}: {bench.executor.reason}",
+        precision=experiment.precision,
+        int8=int8,
         images=len(bench.images),
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
+    )
+
+
+def _int8_report(bench: Bench) -> Int8Report | None:
+    fidelity, calibration = bench.executor.fidelity, bench.calibration
+    if fidelity is None or calibration is None:
+        return None
+    return Int8Report(
+        layers=fidelity.layers,
+        of_layers=len(bench.deployment.plan.layers),
+        calibration=calibration.name,
+        calibration_images=calibration.images,
+        output_error=100 * fidelity.rms,
+        clean_fp32=bench.clean_in_fp32(),
     )
 
 
