@@ -68,7 +68,8 @@ class Experiment:
         seed: Seed of the faults and of the choice of images.
         provider: ONNX Runtime execution provider.
         precision: The arithmetic of the chips and of the fault-free model that they are compared with.
-        calibration: Data from which int8 learns the ranges of activations; None for ``data``, its split ``train``.
+        calibration: Data from which int8 learns the ranges of activations; None for the training images beside
+            ``data``, or ``data`` where it has no splits.
         skip_bad: Whether images that cannot be read are left out.
         first_image: Where to write the first image as the model sees it, or None.
     """
