@@ -37,7 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="the largest layer too")
     parser.add_argument("--only", choices=LAYERS, help="this layer")
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="these engines (all)")
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="these engines (all)"
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="pruning ratios (0.5 0.7 0.8 0.9)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

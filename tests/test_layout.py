@@ -168,7 +168,7 @@ def test_what_is_imported_is_installed_with_the_package(project_root: Path) -> N
     named |= {"pil" if name == "pillow" else name for name in named} | {"google"}  # protobuf comes with onnx
     imported: set[str] = set()
     for folder in ("rerampile", "passes", "runtime"):
-        for path in sorted((project_root / folder).glob("*.py")):
+        for path in sorted((project_root / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
                     imported |= {alias.name.split(".")[0] for alias in node.names}

@@ -81,14 +81,13 @@ def _changed(before: Floats, now: Floats, constraint: Constraint) -> npt.NDArray
     Returns:
         float64 [groups]; the same for all where groups share a budget.
     """
-    if constraint.tied:
-        changed = np.abs(now - before) > _MET * np.abs(now)
-    else:
-        changed = (now != 0) != (before != 0)
+    other = np.abs(now - before) > _MET * np.abs(now)
+    changed = other if constraint.tied else (now != 0) != (before != 0)
     counts = np.array([np.count_nonzero(flags, axis=(1, 2)) for flags in (changed, now)], np.float64)
     if constraint.joint:
         counts[:] = counts.sum(axis=1, keepdims=True)
-    return counts[0] / 2 / np.maximum(counts[1], 1)
+    share: npt.NDArray[np.float64] = counts[0] / 2 / np.maximum(counts[1], 1)
+    return share
 
 
 def _growth(changed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -102,7 +101,8 @@ class _Solver:
     """
 
     def __init__(self, moment: Floats, rho: Floats) -> None:
-        damped = moment + rho * np.eye(moment.shape[1], dtype=moment.dtype)
+        damped, index = moment.copy(), np.arange(moment.shape[1])
+        damped[:, index, index] += rho[:, 0]
         self._inverse = np.linalg.inv(damped) if moment.shape[1] <= _SMALL else None
         self._factors = (
             [scipy.linalg.cho_factor(matrix.T, overwrite_a=True, check_finite=False) for matrix in damped]

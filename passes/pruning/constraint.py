@@ -87,13 +87,13 @@ def keep_largest(scores: Floats, remove: int) -> Flags:
 
 
 def check_ratio(ratio: float, what: str) -> None:
-    """Refuse a ratio outside [0, 1).
+    """Refuse a ratio outside [0, 1); ``what`` is what stands before it in the message.
 
     Raises:
         ConfigError: It is.
     """
     if not 0 <= ratio < 1:
-        raise ConfigError(f"{what} {ratio:g}: expected a ratio of 0 or more and less than 1")
+        raise ConfigError(f"{what}{ratio:g}: expected a ratio of 0 or more and less than 1")
 
 
 class _Zeros:
@@ -124,7 +124,7 @@ class Sparsity(_Zeros):
     within: Literal["layer", "output"] = "layer"
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio, "pruning ratio")
+        check_ratio(self.ratio, "pruning ratio ")
 
     @property
     def joint(self) -> bool:
@@ -189,8 +189,8 @@ class InBlocks:
     joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio, "ratio of blocks")
-        if min(self.inputs or 1, self.outputs or 1) < 1:
+        check_ratio(self.ratio, "ratio of blocks ")
+        if any(size is not None and size < 1 for size in (self.inputs, self.outputs)):
             raise ConfigError(f"blocks of {self.inputs} inputs x {self.outputs} outputs: expected at least 1 x 1")
 
     def reduce(self, function: np.ufunc, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -52,7 +52,7 @@ def magnitude(problem: LayerProblem, constraint: Constraint) -> Floats:
 
 
 def wanda(problem: LayerProblem, constraint: Constraint) -> Floats:
-    """Project by ``|weight| * sqrt(importance)``; unstructured sparsity compares within each output (Sun et al. 2024)."""
+    """Project by ``|weight| * sqrt(importance)``; without structure within each output (Sun et al. 2024)."""
     return _within_outputs(constraint).project(problem.weights, problem.importance)
 
 

@@ -54,7 +54,8 @@ class LayerProblem:
     def losses(self, weights: Floats) -> npt.NDArray[np.float64]:
         """Return the loss of ``weights`` in each group, float64 [groups]."""
         change = weights - self.weights
-        return np.einsum("goi,goi->g", change @ self.moment, change, dtype=np.float64)
+        losses: npt.NDArray[np.float64] = np.sum((change @ self.moment) * change, axis=(1, 2), dtype=np.float64)
+        return losses
 
     def loss(self, weights: Floats) -> float:
         """Return the loss of ``weights`` in all groups together."""
@@ -113,4 +114,3 @@ def _deficient(moment: npt.NDArray[np.float64], live: npt.NDArray[np.bool_]) -> 
     root = np.sqrt(np.diagonal(part))
     factor, info = scipy.linalg.lapack.dpotrf((part / root / root[:, None]).T, lower=True, overwrite_a=True)
     return bool(info) or float(np.diagonal(factor).min()) ** 2 < _DEPENDENT
-

@@ -15,6 +15,7 @@ __all__ = ["refit", "refit_support"]
 
 _STEPS = 200
 _EXPECTED_STEPS = 40  # what conjugate gradients took on layers of trained networks
+_DIRECT_COST = 8  # of an operation in a small factor of its own, in float64, against one in a large product
 
 
 def refit(problem: LayerProblem, weights: Floats, constraint: Constraint) -> Floats:
@@ -35,7 +36,7 @@ def refit(problem: LayerProblem, weights: Floats, constraint: Constraint) -> Flo
 
 
 def refit_support(
-    problem: LayerProblem, kept: npt.NDArray[np.bool_], start: Floats | None = None
+    problem: LayerProblem, kept: npt.NDArray[np.bool_], start: Floats | None = None, steps: int = _STEPS
 ) -> Floats:
     """Return the weights of the smallest loss among those that are zero outside a mask.
 
@@ -46,12 +47,13 @@ def refit_support(
         problem: The layer.
         kept: bool [groups, outputs, inputs].
         start: Where conjugate gradients start, or None for the wanted weights.
+        steps: The most that they take.
     """
     supports = [np.unique(rows, axis=0, return_inverse=True) for rows in kept]
     direct = sum(float((rows.sum(axis=1, dtype=np.float64) ** 3).sum()) / 3 for rows, _ in supports)
-    if direct > 2 * _EXPECTED_STEPS * kept.size * kept.shape[2]:
+    if _DIRECT_COST * direct > 2 * min(steps, _EXPECTED_STEPS) * kept.size * kept.shape[2]:
         begin = problem.weights if start is None else start
-        return _conjugate_gradients(problem, begin * kept, lambda step: step * kept, axes=(2,))
+        return _conjugate_gradients(problem, begin * kept, lambda step: step * kept, axes=(2,), steps=steps)
     weights = np.zeros(problem.shape, problem.weights.dtype)
     wanted = problem.weights @ problem.moment
     for group, (rows, owner) in enumerate(supports):
@@ -59,12 +61,13 @@ def refit_support(
             support, outputs = np.flatnonzero(row), np.flatnonzero(owner.reshape(-1) == number)
             part = problem.moment[group][np.ix_(support, support)].astype(np.float64)
             right = wanted[group][np.ix_(outputs, support)].T
-            weights[group][np.ix_(outputs, support)] = scipy.linalg.solve(part, right, assume_a="pos").T
+            factor = scipy.linalg.cho_factor(part, overwrite_a=True, check_finite=False)
+            weights[group][np.ix_(outputs, support)] = scipy.linalg.cho_solve(factor, right, check_finite=False).T
     return weights
 
 
 def _conjugate_gradients(
-    problem: LayerProblem, weights: Floats, tangent: Tangent, axes: tuple[int, ...]
+    problem: LayerProblem, weights: Floats, tangent: Tangent, axes: tuple[int, ...], steps: int = _STEPS
 ) -> Floats:
     """Minimise the loss from ``weights`` along ``tangent``, preconditioned by the importance of inputs.
 
@@ -73,17 +76,18 @@ def _conjugate_gradients(
         weights: Where to start.
         tangent: Projects steps; orthogonal in the norm of the importance.
         axes: Axes over which weights depend on each other: a step has one length over these.
+        steps: The most to take.
     """
 
     def product(left: Floats, right: Floats) -> npt.NDArray[Any]:
-        return np.sum(left * right, axis=axes, keepdims=True, dtype=np.float64)
+        return np.asarray(np.sum(left * right, axis=axes, keepdims=True, dtype=np.float64))
 
     scale = problem.importance[:, None]
     residual = (problem.weights - weights) @ problem.moment
     step = direction = tangent(residual / scale)
     left = first = product(residual, step)
     smallest = np.finfo(weights.dtype).eps ** 1.5
-    for _ in range(_STEPS):
+    for _ in range(steps):
         active = left > smallest * first
         if not active.any():
             break

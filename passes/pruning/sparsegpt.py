@@ -32,7 +32,8 @@ def sparsegpt(problem: LayerProblem, constraint: Constraint) -> Floats:
     values = parts.values if isinstance(parts.values, Levels) else None
     fixed = None
     if not isinstance(parts.sparsity, Sparsity | NOfM):
-        fixed = parts.sparsity.project(weights, problem.importance) != 0
+        sparse = weights if parts.sparsity.tied else parts.sparsity.project(weights, problem.importance)
+        fixed = sparse != 0
     factor = _inverse_factor(problem.moment)
     width = period = _BLOCK
     if isinstance(parts.sparsity, NOfM):
@@ -62,7 +63,7 @@ def sparsegpt(problem: LayerProblem, constraint: Constraint) -> Floats:
 def _choose(sparsity: Constraint, part: Floats, cost: Floats, start: int, inputs: int) -> npt.NDArray[np.bool_]:
     """Return which weights of some inputs, from ``start`` on, to keep."""
     if not isinstance(sparsity, Sparsity):
-        return sparsity.project(part, cost) != 0
+        return np.not_equal(sparsity.project(part, cost), 0)
     size = part.size // part.shape[2] if sparsity.joint else 1
     before, after = (round(sparsity.ratio * size * end) for end in (start, min(start + part.shape[2], inputs)))
     return sparsity.kept(cost[:, None] * part**2, after - before)

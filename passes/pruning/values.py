@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from rerampile.errors import ConfigError
 from rerampile.passes.pruning.constraint import Constraint, Floats, InBlocks, Shape, Tangent, keep_largest
@@ -104,10 +103,10 @@ class Clusters:
         return result
 
     def _centres(self, values: Floats, importance: Floats) -> Floats:
-        """Return the centres of weighted ``values``, ascending. Sorted, a cluster is a range and its sums differences."""
+        """Return the centres of weighted ``values``, ascending: sorted, a cluster is a range, its sums differences."""
         order = np.argsort(values, kind="stable")
         ordered = values[order]
-        distinct = ordered[np.append(True, np.diff(ordered) > 0)]
+        distinct: Floats = ordered[np.append(True, np.diff(ordered) > 0)]
         if len(distinct) <= self.count:
             return distinct
         mass = np.concatenate([[0.0], np.cumsum(importance[order], dtype=np.float64)])
@@ -163,18 +162,19 @@ class UnifiedMagnitudes(InBlocks):
         """Return what moves the magnitudes of a unified block by one step, and leaves those of others free."""
         shape, magnitude, sign = weights.shape, np.abs(weights), np.sign(weights)
         heavy = importance[:, None] * (weights != 0)
-        largest = self.spread(self.reduce(np.maximum, magnitude), shape)
+        largest: Floats = self.spread(self.reduce(np.maximum, magnitude), shape)
         unified = self.spread(self.reduce(np.logical_and, (magnitude == largest) | (weights == 0)), shape)
 
         def move(step: Floats) -> Floats:
-            return np.where(unified, sign * self.spread(self._mean(sign * step, heavy), shape), step * (sign != 0))
+            return np.where(unified, sign * self.spread(self._mean(sign * step, heavy), shape), step * np.abs(sign))
 
         return move
 
     def _mean(self, values: Floats, heavy: Floats) -> Floats:
         """Return the weighted mean of each block, [groups, blocks, blocks]; zero where nothing has weight."""
         mass = self.reduce(np.add, heavy)
-        return self.reduce(np.add, heavy * values) / np.where(mass > 0, mass, 1)
+        mean: Floats = self.reduce(np.add, heavy * values) / np.where(mass > 0, mass, 1)
+        return mean
 
 
 @dataclass(frozen=True)
