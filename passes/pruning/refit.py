@@ -83,12 +83,13 @@ def _conjugate_gradients(
         return np.asarray(np.sum(left * right, axis=axes, keepdims=True, dtype=np.float64))
 
     scale = problem.importance[:, None]
-    residual = (problem.weights - weights) @ problem.moment
+    wanted = problem.weights @ problem.moment
+    smallest = np.finfo(weights.dtype).eps ** 1.5 * product(wanted, wanted / scale)
+    residual = wanted - weights @ problem.moment
     step = direction = tangent(residual / scale)
-    left = first = product(residual, step)
-    smallest = np.finfo(weights.dtype).eps ** 1.5
+    left = product(residual, step)
     for _ in range(steps):
-        active = left > smallest * first
+        active = left > smallest
         if not active.any():
             break
         moved = direction @ problem.moment
