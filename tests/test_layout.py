@@ -174,7 +174,7 @@ def test_what_is_imported_is_installed_with_the_package(project_root: Path) -> N
     named |= {"pil" if name == "pillow" else name for name in named} | {"google"}  # protobuf comes with onnx
     imported: set[str] = set()
     for folder in ("rerampile", "passes", "runtime"):
-        for path in sorted((project_root / folder).glob("*.py")):
+        for path in sorted((project_root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 found: set[str] = set()
