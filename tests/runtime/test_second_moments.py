@@ -514,6 +514,14 @@ def test_only_what_is_watched_is_run() -> None:
     check(found["W"], x[None])
 
 
+def test_weights_in_a_file_beside_the_model(tmp_path: Path) -> None:
+    onnx.save(network(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    x = normal(3, 3, 9, 8)
+    graph, layers = found_in(tmp_path / "m.onnx")
+    found = second_moments(graph, layers, Arrays({"x": x}), np.arange(3))[0]
+    assert same_bytes(found, moments(network(), {"x": x})[0])
+
+
 def test_a_batch_that_was_filled_up_is_left_out() -> None:
     text = "(float[4,5] x) => (float[4,4] y) { y = MatMul (x, W) }"
     graph, layers = found_in(parsed(text, {"W": normal(5, 4)}))
