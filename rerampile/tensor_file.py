@@ -193,6 +193,10 @@ class TensorWriter:
 class TensorFile:
     """A safetensors file that outsiders may have touched, mapped into memory read-only.
 
+    Attributes:
+        metadata: Strings of the header, by name.
+        specs: Where each tensor lies.
+
     Raises:
         PlanFormatError: It is missing, truncated, or its header does not describe it.
     """
@@ -214,6 +218,9 @@ class TensorFile:
                 raise
             raise PlanFormatError(f"{path}: not a safetensors file: its header is not JSON") from error
         self.specs = self._parse(header, length + 8, size)
+        metadata = header.get("__metadata__")
+        entries = metadata.items() if isinstance(metadata, dict) else ()
+        self.metadata = {name: text for name, text in entries if isinstance(text, str)}
 
     def _parse(self, header: Any, base: int, size: int) -> dict[str, TensorSpec]:
         if not isinstance(header, dict):

@@ -47,6 +47,7 @@ def test_the_library_reads_what_is_written(tensors: dict[str, np.ndarray], metad
             for name, tensor in tensors.items():
                 same(library.get_tensor(name), tensor)
         ours = TensorFile(path)
+        assert ours.metadata == metadata
         for name, tensor in tensors.items():
             same(ours.read(name), tensor)
             assert ours.specs[name].offset % tensor.dtype.itemsize == 0
