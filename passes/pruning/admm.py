@@ -75,7 +75,7 @@ def _alternate(problem: LayerProblem, constraint: Constraint) -> Floats:
 
 def _energy(weights: Floats, constraint: Constraint) -> npt.NDArray[np.float64]:
     """Return the sum of squares of each group, or of all, float64 [groups]."""
-    energy = np.sum(weights**2, axis=(1, 2), dtype=np.float64)
+    energy = np.asarray(np.sum(weights**2, axis=(1, 2), dtype=np.float64))
     return np.full_like(energy, energy.sum()) if constraint.joint else energy
 
 
