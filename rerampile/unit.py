@@ -121,13 +121,13 @@ class Unit:
         return self.weight_rows(layer)(slice(None))
 
     def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
-        """Return a reader of some rows of :meth:`weights`, which aligns, folds and prunes those rows alone."""
-        matrix, mask = layer.original_matrix(self.graph), self.masks.get(layer.name)
+        """Return a reader of some rows of :meth:`weights`, which folds and prunes those rows alone."""
+        original, mask = layer.original_rows(self.graph), self.masks.get(layer.name)
         factor = layer.fold_factor()
-        factors = None if factor is None else np.broadcast_to(factor, matrix.shape)
+        factors = None if factor is None else np.broadcast_to(factor, layer.view.shape)
 
         def read(rows: slice) -> npt.NDArray[np.float32]:
-            part = np.require(matrix[rows], requirements="A")
+            part = original(rows)
             part = part if factors is None else np.multiply(part, factors[rows], dtype=np.float32)
             return part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
 
