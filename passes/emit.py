@@ -32,12 +32,12 @@ class Emit:
     def run(self, unit: Unit) -> Unit:
         """Write the files and fill ``plan``."""
         conductances, mean_conductance = _write_conductances(unit)
-        _write_masks(unit)
+        writers = [conductances, *_write_masks(unit)]
         (unit.folder / DEPLOYED).write_bytes(
             deployed_model(unit, conductances.specs).SerializeToString(deterministic=True)
         )
-        others = [path for path in unit.folder.iterdir() if path.is_file() and path != conductances.path]
-        hashes = {conductances.path.name: conductances.sha256}
+        hashes = {writer.path.name: writer.sha256 for writer in writers}
+        others = [path for path in unit.folder.iterdir() if path.is_file() and path.name not in hashes]
         hashes |= {path.name: in_background(hash_on_disk, path) for path in others}
         return replace(unit, hashes=hashes, plan=plan_of(unit, mean_conductance))
 
@@ -86,11 +86,12 @@ def _total_conductance(coding: Coding, cells: npt.NDArray[Any]) -> float:
     return cells.size * coding.g_off + int(cells.sum(dtype=np.uint64)) * step
 
 
-def _write_masks(unit: Unit) -> None:
+def _write_masks(unit: Unit) -> list[TensorWriter]:
     if not unit.masks:
-        return
+        return []
     layers = [layer for layer in unit.layers if layer.name in unit.masks]
     tensors = [(layer.name, np.bool_, layer.view.tensor_shape) for layer in layers]
     with TensorWriter(unit.folder / MASKS, tensors, {"format": "rerampile-masks"}) as writer:
         for layer in layers:
             writer.write(layer.name, layer.view.tensor(unit.masks[layer.name].kept))
+    return [writer]

@@ -29,7 +29,7 @@ def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
         except BaseException as error:  # noqa: BLE001 -- it is raised where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=call, name=f"rerampile-{function.__name__}", daemon=True).start()
+    threading.Thread(target=call, name="rerampile", daemon=True).start()
     return future
 
 

@@ -66,9 +66,9 @@ class MatrixView:
         axes = self._stored(tensor)
         if self.permutation is None or axes.ndim > 2:
             matrix = np.ascontiguousarray(axes).reshape(self.shape)
-            return lambda rows: np.require(matrix[rows], requirements="CA")
+            return lambda rows: np.require(matrix[rows], requirements=["C", "A"])
         # Columns of a large tensor lie so that few of them fit a cache at once: they are brought together first.
-        return lambda rows: np.require(np.ascontiguousarray(axes[rows].T).T, requirements="CA")
+        return lambda rows: np.require(np.ascontiguousarray(axes[rows].T).T, requirements=["C", "A"])
 
     def _stored(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         axes = tensor.reshape(self.permuted_shape)

@@ -88,11 +88,12 @@ class TensorWriter:
         tensors: Name, dtype and shape of each tensor. They are laid out in the order of :attr:`specs`: wider types
             first (so that all are aligned), then as given. To be hashed early, they are best written in that order.
         metadata: Strings for the header.
+        lasting: Whether the file is to stay: one that is not is neither hashed nor brought to the disk.
 
     Attributes:
         path: The file.
         specs: Where each tensor lies.
-        sha256: Hash of the file, done once the file is whole and on the disk.
+        sha256: Hash of the file, done once the file is whole and on the disk; empty for a file that is not to stay.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class TensorWriter:
         path: Path,
         tensors: Iterable[tuple[str, npt.DTypeLike, tuple[int, ...]]],
         metadata: Mapping[str, str],
+        *,
+        lasting: bool = True,
     ) -> None:
         ordered = sorted(((n, np.dtype(d), s) for n, d, s in tensors), key=lambda t: -t[1].itemsize)
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -125,6 +128,7 @@ class TensorWriter:
         self._put(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8), 0)
         self._whole_up_to.put(base)
         self._on_disk: Future[None] | None = None
+        self._lasting = lasting
         self.sha256: Future[str] = in_background(self._hash)
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
@@ -172,6 +176,8 @@ class TensorWriter:
 
     def _hash(self) -> str:
         """Hash what is whole, while more is written, until nothing more comes; then wait for the disk."""
+        if not self._lasting:
+            return ""
         digest, start = hashlib.sha256(), 0
         with memoryview(self._map) as view:
             for whole in iter(self._whole_up_to.get, None):
@@ -195,7 +201,7 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None and not self._unwritten:
+        if self._lasting and error is None and not self._unwritten:
             self._on_disk = in_background(self._sync)
         else:
             self._file.close()

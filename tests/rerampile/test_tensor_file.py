@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,30 @@ def test_bfloat16(tmp_path: Path) -> None:
     with TensorWriter(tmp_path / "t", [("a", values.dtype, values.shape)], {}) as writer:
         writer.write("a", values)
     same(TensorFile(tmp_path / "t").read("a"), values)
+
+
+def test_a_file_that_does_not_stay_costs_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", synced.append)
+    a, announced = np.zeros(3, np.float32), [("a", np.float32, (3,))]
+    found = {}
+    for lasting in (True, False):
+        with TensorWriter(tmp_path / str(lasting), announced, {}, lasting=lasting) as writer:
+            writer.write("a", a)
+        found[lasting] = (writer.sha256.result(), len(synced))
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+    assert found == {True: (hashlib.sha256((tmp_path / "True").read_bytes()).hexdigest(), 1), False: ("", 1)}
+
+
+def test_a_disk_that_fails_late_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with TensorWriter(tmp_path / "t", [("a", np.float32, (3,))], {}) as writer:
+        writer.write("a", np.zeros(3, np.float32))
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.sha256.result()
 
 
 def test_a_writer_keeps_its_word(tmp_path: Path) -> None:
