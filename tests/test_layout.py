@@ -22,6 +22,9 @@ FACES = {
     "rerampile.chips_progress",
     "rerampile.compare_command",
     "rerampile.fault_commands",
+    "rerampile.prune_command",
+    "rerampile.pruner",
+    "rerampile.show_pruning",
     "rerampile.validate_command",
     "rerampile.show_validation",
 }
