@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -92,10 +93,11 @@ def compile_model(
         raise ConfigError(f"seed {seed}: expected 0 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
         raise ConfigError(f"tolerance {tolerance:g}: expected 0 or more")
-    loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
-    with _written_whole(Path(out)) as folder:
-        unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
-        _run_passes(unit, passes, progress or (lambda *_: None))
+    with _uncollected():
+        loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
+        with _written_whole(Path(out)) as folder:
+            unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
+            _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
 
 
@@ -119,6 +121,18 @@ def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) 
     folder.mkdir(exist_ok=True)
     record = {"pass": name, "summary": dict(summary), **stage_record(unit)}
     (folder / f"{number}-{name.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Have Python not look for unused cycles meanwhile: that takes as long as all objects of the caller are many."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def _optimised(deployment: Deployment, plain: PlainModel, numbering: _Numbering,
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "256")
     open_session(plain.proto.SerializeToString(), options)
     proto = onnx.load_model(path, load_external_data=False)
-    return ModelFile(proto=proto, name=path.name, folder=folder, sha256="", size=0)
+    return ModelFile(proto=proto, name=path.name, folder=folder, size=0)
 
 
 @dataclass(frozen=True)

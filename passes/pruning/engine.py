@@ -88,6 +88,7 @@ def prune_layer(
 
     Raises:
         ConfigError: The engine is unknown, or the constraint does not fit the layer.
+        DataError: The moment is not finite.
     """
     if engine not in ENGINES:
         raise ConfigError(f"pruning engine '{engine}': unknown{did_you_mean(engine, ENGINES)}")

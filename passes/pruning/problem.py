@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from rerampile.errors import InternalError
+from rerampile.errors import DataError, InternalError
 from rerampile.passes.pruning.constraint import Floats, Shape
 
 __all__ = ["LayerProblem", "layer_problem"]
@@ -76,10 +76,18 @@ def layer_problem(
         moment: E[x x^T], the second moment of the inputs, [groups, inputs, inputs]. An input whose diagonal is zero is
             dead, and its weights become zero.
         cross: E[x y^T], [groups, inputs, inputs], or None where both are the same inputs.
+
+    Raises:
+        DataError: The moment is not finite.
     """
     groups, _, inputs = weights.shape
     if not moment.shape == (groups, inputs, inputs) == (moment if cross is None else cross).shape:
         raise InternalError(f"second moment of shape {list(moment.shape)} for weights of {list(weights.shape)}")
+    if not all(np.isfinite(part).all() for part in (moment, cross) if part is not None):
+        raise DataError(
+            f"second moment of the inputs of a layer of {list(weights.shape)} weights: NaN or infinite, expected "
+            f"finite numbers; the model overflows on the calibration data"
+        )
     dtype: Any = np.float64 if inputs <= _DOUBLE_UP_TO else np.float32
     diagonal = np.diagonal(moment, axis1=1, axis2=2)
     live = diagonal > 0

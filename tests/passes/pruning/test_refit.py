@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerampile import InternalError
+from rerampile import DataError, InternalError
 from rerampile.passes.pruning import refit as module
 from rerampile.passes.pruning.constraint import NOfM, Sparsity
 from rerampile.passes.pruning.problem import LayerProblem, layer_problem
@@ -140,6 +140,13 @@ def test_too_few_samples_are_noticed_and_damped(layer_of: Callable[..., Any]) ->
     assert np.isfinite(refit_support(problem, weights > 0)).all()
     assert not layer_problem(*layer_of((2, 3, 20))).deficient
     assert not layer_problem(weights, np.zeros_like(moment)).deficient
+
+
+def test_a_moment_that_is_not_finite() -> None:
+    finite, overflown = np.ones((1, 5, 5)), np.full((1, 5, 5), np.inf)
+    for moments in ((overflown,), (finite, overflown), (np.full((1, 5, 5), np.nan), finite)):
+        with pytest.raises(DataError, match=r"of a layer of \[1, 2, 5\] weights: NaN or infinite, expected"):
+            layer_problem(np.ones((1, 2, 5)), *moments)
 
 
 def test_a_moment_of_another_shape_is_a_bug() -> None:
