@@ -220,13 +220,9 @@ def test_what_no_worker_can_do(cluster: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     with workers.open_workers(dask=cluster.scheduler_address) as found:
         assert found is not None
-        with pytest.raises(
-            FaultRunError, match=r"software \(No module named 'nothing_here'\), expected the same"
-        ):
+        with pytest.raises(FaultRunError, match=r"software \(No module named 'nothing_here'\), expected the same"):
             list(found.each(Deadly("import"), ["nothing_here"]))
-        with pytest.raises(
-            FaultRunError, match=r"a chip ended every worker that tried it \(out of memory\?\)"
-        ):
+        with pytest.raises(FaultRunError, match=r"a chip ended every worker that tried it \(out of memory\?\)"):
             list(found.each(Deadly("exit"), [1]))
 
 
