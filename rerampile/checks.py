@@ -84,9 +84,8 @@ def check_placement(deployment: Deployment) -> None:
         _check_cover(layer, own)
 
 
-_Part = tuple[
-    int, Partition | Region, str
-]  # a group of a layer, the rectangle of its matrix, and where the plan has it
+# A group of a layer, a rectangle of its matrix, and where the plan has it.
+_Part = tuple[int, Partition | Region, str]
 
 
 def _parts(plan: Plan) -> Iterator[tuple[int, _Part]]:
