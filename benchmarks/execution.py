@@ -1,14 +1,15 @@
 """How long simulated chips take, as multiples of plain ONNX Runtime on the same images.
 
-A chip is drawn, injected, run on all images and undone. The yardstick runs the deployed model itself on the same
-images, with the same threads and batch. Both alternate in one process, and the median of the ratios is shown, because
-machines vary by more than what is measured. Where PyTorch is installed, its usual loop is timed beside them on
-ResNet18 for CIFAR: weights cloned, faults drawn as dense masks of both cells, forward, weights put back.
+A chip is drawn, injected, run on all images and undone: in fp32, the fast and the slow way, from analog cells, and in
+int8 from cells of 16 levels. The yardstick runs the deployed model itself in fp32 on the same images, with the same
+threads and batch. All alternate in one process, and medians of the ratios are shown, because machines vary by more than
+what is measured. Where PyTorch is installed, its usual loop is timed beside them on ResNet18 for CIFAR: weights cloned,
+faults drawn as dense masks of both cells, forward, weights put back.
 
 Example:
     python benchmarks/execution.py                          # ResNet18 for CIFAR, 1,000 images a chip
     python benchmarks/execution.py --stem imagenet --images 64 --batch 4
-    python benchmarks/execution.py --model yolov4-tiny.onnx --images 64 --batch 4
+    python benchmarks/execution.py --model yolov4-tiny.onnx --images 64 --batch 4 --ways fast int8
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from rerampile import Deployment, compile_model
+from rerampile import Deployment, Target, compile_model
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -44,9 +45,12 @@ Batches = list[dict[str, np.ndarray]]
 class Chips:
     """Simulated chips of a deployment, one after another on the same images."""
 
-    def __init__(self, deployment: Deployment, batches: Batches, rate: float, method: Any, threads: int) -> None:
+    def __init__(self, way: str, deployment: Deployment, batches: Batches, rate: float, threads: int) -> None:
         self.deployment, self.batches = deployment, batches
-        self.executor = open_executor(deployment, method=method, threads=threads)
+        options: dict[str, Any] = {"method": way}
+        if way == "int8":
+            options = {"precision": "int8", "calibration": batches[:2]}
+        self.executor = open_executor(deployment, threads=threads, **options)
         self.model = FaultModel(stuck_off=rate * STUCK_OFF, stuck_on=rate * STUCK_ON)
         self.injector, self.geometry = Injector(deployment), ChipGeometry.of(deployment)
         self.number, self.drawing, self.setting = 0, 0.0, 0.0
@@ -114,41 +118,40 @@ def torch_loop(batches: Batches, rate: float, threads: int) -> Callable[[], None
     return one_chip
 
 
-def measure(deployment: Deployment, options: argparse.Namespace) -> None:
-    """Print the table of one deployment."""
+def measure(deployments: dict[str, Deployment], options: argparse.Namespace) -> None:
+    """Print the table of one model; its deployments by way."""
     import onnxruntime as ort
 
+    deployment = next(iter(deployments.values()))
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = options.threads
     session = open_session(deployment.model_path, session_options)
     batches = make_batches(session, options.images, options.batch)
     torch_chip = torch_loop(batches, options.rate, options.threads) if options.torch else None
-    ways = {method: Chips(deployment, batches, options.rate, method, options.threads) for method in options.methods}
-    work: dict[str, Callable[[], None]] = {f"{method} way": chips.run_one for method, chips in ways.items()}
+    ways = {way: Chips(way, d, batches, options.rate, options.threads) for way, d in deployments.items()}
+    work: dict[str, Callable[[], None]] = {way: chips.run_one for way, chips in ways.items()}
     if torch_chip is not None:
         work["PyTorch loop"] = torch_chip
     ratios: dict[str, list[float]] = {name: [] for name in work}
     parts: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    yardsticks = []
     clean(session, batches[:1])
+    yardsticks = [seconds(partial(clean, session, batches))]
     for _ in range(options.rounds):
-        for name, one_chip in work.items():  # the yardstick before and after each: drifts cancel
-            before = seconds(partial(clean, session, batches))
+        for name, one_chip in work.items():  # between two yardsticks: drifts cancel
             spent = seconds(one_chip)
-            after = seconds(partial(clean, session, batches))
-            ratios[name].append(2 * spent / (before + after))
-            yardsticks += [before, after]
-        for method, chips in ways.items():
-            parts[method].append((1e3 * chips.drawing, 1e3 * chips.setting))
+            yardsticks.append(seconds(partial(clean, session, batches)))
+            ratios[name].append(2 * spent / (yardsticks[-2] + yardsticks[-1]))
+        for way, chips in ways.items():
+            parts[way].append((1e3 * chips.drawing, 1e3 * chips.setting))
     weights = deployment.plan.totals.weights
     print(f"{weights / 1e6:.1f} M weights, {options.images} images a chip, batch {options.batch}, f = {options.rate:g}")
     print(f"{'plain ONNX Runtime':<20}1.000 ({statistics.median(yardsticks):.3f} s)")
     for name, found in ratios.items():
         low, high = min(found), max(found)
         print(f"{name:<20}{statistics.median(found):.3f} ({low:.3f} to {high:.3f} in {len(found)} rounds)")
-    for method, found in parts.items():
-        draw, setting = (statistics.median(column) for column in zip(*found, strict=True))
-        print(f"{method} way: drawing a chip {draw:.1f} ms, putting its faults in and out {setting:.1f} ms")
+    for way, spent_parts in parts.items():
+        draw, setting = (statistics.median(column) for column in zip(*spent_parts, strict=True))
+        print(f"{way}: a chip is set up in {draw + setting:.1f} ms, {draw:.1f} to draw its faults and inject them")
 
 
 def make_batches(session: Any, images: int, size: int) -> Batches:
@@ -172,7 +175,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.01, help="failure rate of a cell")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["fast", "slow"], choices=("fast", "slow"))
+    parser.add_argument("--ways", nargs="+", default=["fast", "slow", "int8"], choices=("fast", "slow", "int8"))
     options = parser.parse_args()
     options.torch = options.model is None and options.stem == "cifar"
     with tempfile.TemporaryDirectory() as scratch:
@@ -180,7 +183,9 @@ def main() -> None:
         if options.model is None:
             arguments = ["-o", str(model), "--stem", options.stem]
             subprocess.run([sys.executable, str(MODELS / "resnet18.py"), *arguments], check=True)
-        measure(compile_model(model, out=Path(scratch) / "deployment"), options)
+        targets = {way: Target.load("paper", {"cell.levels": 16} if way == "int8" else {}) for way in options.ways}
+        folder = Path(scratch)
+        measure({way: compile_model(model, out=folder / way, target=targets[way]) for way in options.ways}, options)
 
 
 if __name__ == "__main__":

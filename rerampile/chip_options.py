@@ -190,9 +190,17 @@ _EFFORT_OPTIONS = (
         "--precision-points", type=float, metavar="X", help="Instead: chips until the mean is known to X points."
     ),
     click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
+    click.option("--dask", metavar="ADDRESS", help="Instead: the workers of a Dask cluster, by its scheduler."),
 )
 
-effort_options = _family(_EFFORT_OPTIONS, "effort", dict)
+
+def _effort(**options: Any) -> dict[str, Any]:
+    if options["dask"] is not None and options["jobs"] != 1:
+        raise click.UsageError("--jobs and --dask: expected one of the two ways")
+    return options
+
+
+effort_options = _family(_EFFORT_OPTIONS, "effort", _effort)
 """Gives a command ``effort``: keywords of :func:`~rerampile.runtime.validation.validate`."""
 
 _EXECUTION_OPTIONS = (

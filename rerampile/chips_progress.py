@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chips_progress"]
 
+_MEASURED_SECONDS = 3600.0  # over which the rate is taken: a chip may need minutes
+
 
 @contextmanager
 def chips_progress(quiet: bool, label: str = "chips") -> Iterator[Callable[[int, int, ChipResult | None], None] | None]:
@@ -28,14 +30,23 @@ def chips_progress(quiet: bool, label: str = "chips") -> Iterator[Callable[[int,
         TextColumn("{task.fields[label]}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, label=printable(label))
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=_MEASURED_SECONDS) as bar:
+        task = bar.add_task("", total=None, label=printable(label), rate="")
 
         def update(finished: int, wanted: int, result: ChipResult | None) -> None:
-            text = "" if result is None else ", ".join(f"{name} {value:.2f}" for name, value in result.values.items())
-            bar.update(task, completed=finished, total=wanted, description=text)
+            if result is None:  # what was finished before says nothing about the rate
+                bar.reset(task, completed=finished, total=wanted)
+                return
+            speed = bar.tasks[0].speed
+            bar.update(
+                task,
+                completed=finished,
+                description=", ".join(f"{name} {value:.2f}" for name, value in result.values.items()),
+                rate="" if speed is None else f"{60 * speed:,.3g} chips/min",
+            )
 
         yield update

@@ -56,7 +56,7 @@ class DataError(RerampileError):
 
 
 class FaultRunError(RerampileError):
-    """ONNX Runtime refused the model or its inputs."""
+    """ONNX Runtime refused the model or its inputs, or processes that ran it were lost."""
 
 
 class InternalError(Exception):

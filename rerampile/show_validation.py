@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rerampile.runtime.comparison import ComparisonReport, Known
-from rerampile.runtime.report import known_text
+from rerampile.runtime.report import int8_text, known_text
 from rerampile.runtime.validation import ValidationReport
 from rerampile.show import facts_table, new_table, print_parts, printable
 
@@ -36,7 +36,8 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
         print_parts(out, rows)
     known = [
         ("images", f"{report.images:,}"),
-        ("ran", report.execution),
+        ("ran", f"{report.precision}, {report.execution}"),
+        *([] if report.int8 is None else [("int8", int8_text(report))]),
         *(("required", f"{r.text}: {r.found:.2f}, {'met' if r.met else 'not met'}") for r in report.requirements),
         ("report", str(page)),
     ]
@@ -67,7 +68,12 @@ def show_comparison(out: Console, report: ComparisonReport, page: Path) -> None:
     print_parts(out, drops)
     print_parts(out, tolerated)
     chips = min(rate.metrics[report.metric].chips for v in report.validations for rate in v.rates)
-    known = [("chips", f"{chips:,}"), ("images", f"{report.validations[0].images:,}"), ("report", str(page))]
+    known = [
+        ("chips", f"{chips:,}"),
+        ("images", f"{report.validations[0].images:,}"),
+        *((f"int8 {v.name}", int8_text(v)) for v in report.validations if v.int8 is not None),
+        ("report", str(page)),
+    ]
     print_parts(out, facts_table([(name, printable(text)) for name, text in known]))
 
 

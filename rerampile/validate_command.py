@@ -33,6 +33,7 @@ _UNMET = 3  # exit code: a requirement does not hold
         "rerampile validate model.deployment",
         "rerampile validate model.deployment --data cifar10:DIR --failure-rate 0.01",
         "rerampile validate out --data imagefolder:DIR --precision-points 0.2",
+        "rerampile validate out --data cifar10:DIR --precision int8",
         "rerampile validate out --data cifar10:DIR --require 'top1 >= 90 @ 0.001'",
     )
 )

@@ -46,7 +46,8 @@ __all__ = [
     "ImageDataset",
     "open_dataset",
     "spread",
-    "without_split",
+    "training_split",
+    "with_absolute_paths",
     "write_first_image",
 ]
 
@@ -100,10 +101,22 @@ def open_dataset(
     return _ADAPTERS[adapter].open(source)
 
 
-def without_split(spec: str) -> str:
-    """Return a specification that names no split."""
-    adapter, colon, rest = spec.partition(":")
-    return f"{adapter}{colon}{_split_of(rest)[0]}"
+def training_split(spec: str) -> str:
+    """Return the specification of the training images beside some data; the data themselves if they have no splits."""
+    adapter, _, rest = spec.partition(":")
+    where, split = _split_of(rest)
+    folder = Path(where.rpartition(",")[0] or where)
+    splits = split is not None or adapter == "cifar10" or (adapter == "imagefolder" and (folder / "test").is_dir())
+    return f"{adapter}:{where}@train" if splits else spec
+
+
+def with_absolute_paths(spec: str) -> str:
+    """Return a specification that names the same data whatever the current folder is."""
+    adapter, _, rest = spec.partition(":")
+    if adapter not in _ADAPTERS or not rest or adapter == "generated":
+        return spec
+    parts = rest.rsplit(",", 1) if "," in _ADAPTERS[adapter].form else [rest]
+    return f"{adapter}:{','.join(str(Path(part).absolute()) for part in parts)}"
 
 
 def _split_of(text: str) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -29,7 +30,7 @@ from rerampile.runtime.weight_buffers import WeightBuffers
 if TYPE_CHECKING:
     from rerampile.runtime.inject import LayerFaults, Leaks
 
-__all__ = ["Executor", "Inputs", "Method", "Outputs", "Precision", "open_executor"]
+__all__ = ["Executor", "Fidelity", "Inputs", "Method", "Outputs", "Precision", "open_executor"]
 
 Inputs = Mapping[str, npt.NDArray[Any]]
 Outputs = list[npt.NDArray[Any]]
@@ -37,6 +38,20 @@ Method = Literal["auto", "fast", "slow"]
 Precision = Literal["fp32", "int8"]
 
 _CPU = "CPUExecutionProvider"
+_INT8_REASON = "int8 kernels want weights that stay packed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How far int8 is from fp32, without faults.
+
+    Attributes:
+        layers: Layers that run in int8; the others stay in fp32.
+        rms: Root mean square of the differences of the outputs on the calibration inputs, over that of the outputs.
+    """
+
+    layers: int
+    rms: float
 
 
 class Executor(Protocol):
@@ -45,12 +60,12 @@ class Executor(Protocol):
     Attributes:
         method: ``fast`` or ``slow``.
         reason: Why this one, in words.
-        fidelity: Of int8: rms of the differences from fp32 on the calibration inputs, over that of the outputs.
+        fidelity: Of int8; None in fp32.
     """
 
     method: str
     reason: str
-    fidelity: float | None
+    fidelity: Fidelity | None
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs of the present chip, in the model's order.
@@ -134,13 +149,9 @@ def _open_int8(
     exact = _SlowExecutor(deployment, plain, provider, threads, "asked for")
     expected = [exact.run(inputs) for inputs in calibration]
     del exact
-    executor = _SlowExecutor(deployment, quantised.plain, provider, threads, "int8", quantised.scales)
+    executor = _SlowExecutor(deployment, quantised.plain, provider, threads, _INT8_REASON, quantised.scales)
     found = [executor.run(inputs) for inputs in calibration]
-    executor.fidelity = _relative_error(found, expected)
-    executor.reason = (
-        f"int8 in {len(quantised.scales)} of {len(plain.weights)} layers; on the calibration inputs the outputs are "
-        f"{executor.fidelity:.2%} (rms) from fp32"
-    )
+    executor.fidelity = Fidelity(layers=len(quantised.scales), rms=_relative_error(found, expected))
     return executor
 
 
@@ -187,7 +198,7 @@ class _PatchedExecutor:
     """What both ways share: weights in buffers of their own, patched and restored."""
 
     method: str
-    fidelity: float | None = None
+    fidelity: Fidelity | None = None
 
     def __init__(self, deployment: Deployment, buffers: WeightBuffers, reason: str) -> None:
         self.reason = reason

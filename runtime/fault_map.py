@@ -127,8 +127,9 @@ class FaultMap:
 
 def stuck_ends(target: Target, state: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return the mean conductance of stuck cells, float32 siemens, by their states."""
-    off, on = target.cell.stuck_off.mean, target.cell.stuck_on.mean
-    return np.where(state == STUCK_ON, np.float32(on), np.float32(off))
+    means = np.array([target.cell.stuck_off.mean, target.cell.stuck_on.mean], np.float32)
+    stuck: npt.NDArray[np.float32] = means[(state == STUCK_ON).view(np.uint8)]
+    return stuck
 
 
 def placement_digest(plan: Plan) -> str:

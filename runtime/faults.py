@@ -147,7 +147,7 @@ def draw_faults(geometry: ChipGeometry, model: FaultModel, target: Target, *, se
     draw = _Draw(geometry, model, seed, run)
     by_distribution = {"independent": _independent, "line": _lines, "cluster": _clusters, "array": _independent}
     cell, on = by_distribution[model.distribution](draw)
-    state = np.where(on, STUCK_ON, STUCK_OFF).astype(np.uint8)
+    state = np.array([STUCK_OFF, STUCK_ON], np.uint8)[on.view(np.uint8)]
     return FaultMap(cell=cell, state=state, conductance=_stuck_values(draw, target, cell, state))
 
 

@@ -8,6 +8,7 @@ Everywhere else a stuck cell does nothing, since its row is not driven or its co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from rerampile.checks import check_placement
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
+from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
 
 __all__ = ["Injector", "LayerFaults", "Leaks"]
@@ -83,11 +85,12 @@ class Injector:
             fault_map: Its stuck cells.
         """
         stuck = self._places.resolve(fault_map)
-        order = np.argsort(stuck.layer, kind="stable")
-        ends = np.searchsorted(stuck.layer[order], np.arange(len(self._layers) + 1))
+        if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
+            stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
+        ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
         found = []
         for number in np.flatnonzero(np.diff(ends)).tolist():
-            faults = self._layers[number].faults(number, stuck.take(order[ends[number] : ends[number + 1]]))
+            faults = self._layers[number].faults(number, stuck.take(slice(ends[number], ends[number + 1])))
             if len(faults.index) or faults.leaks is not None:
                 found.append(faults)
         return found
@@ -100,20 +103,20 @@ class _Stuck:
     Attributes:
         layer: The layer whose row and column cross there.
         at_home: Whether the cell holds a weight, or lies beside the blocks.
-        in_row: group * inputs + input of the row.
-        out_row: group * outputs + output of the column.
+        in_group: Group of the row.
+        position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
         part: slice * cells + role of the cell.
         conductance: What it is stuck at, siemens.
     """
 
     layer: Integers
     at_home: npt.NDArray[np.bool_]
-    in_row: Integers
-    out_row: Integers
+    in_group: Integers
+    position: Integers
     part: Integers
     conductance: Floats
 
-    def take(self, which: npt.NDArray[Any]) -> _Stuck:
+    def take(self, which: Integers | slice) -> _Stuck:
         """Return some of them."""
         return _Stuck(*(column[which] for column in vars(self).values()))
 
@@ -126,25 +129,28 @@ class _Places:
         geometry: The arrays.
         block_layer: Layer of each block, and -1 at the end, where spare rows and columns find it.
         row_block: Block of each row, [arrays * rows].
-        row_in: group * inputs + input of each row.
+        row_group: Group of each row.
+        row_input: Input of each row, within its group.
         column_block: Block of each column, [arrays * columns].
-        column_out: group * outputs + output of each column.
+        column_start: Flat position in the matrix of the first weight of each column's output.
         column_part: slice * cells + role of each column.
     """
 
     geometry: ChipGeometry
     block_layer: Integers
     row_block: Integers
-    row_in: Integers
+    row_group: Integers
+    row_input: Integers
     column_block: Integers
-    column_out: Integers
+    column_start: Integers
     column_part: Integers
 
     @classmethod
     def of(cls, deployment: Deployment) -> _Places:
         """Lay a plan out."""
         geometry, plan = ChipGeometry.of(deployment), deployment.plan
-        rows, columns = (np.full((2, geometry.arrays, n), -1) for n in (geometry.rows, geometry.columns))
+        rows = np.full((3, geometry.arrays, geometry.rows), -1)
+        columns = np.full((2, geometry.arrays, geometry.columns), -1)
         parts = np.zeros((geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
         for array in plan.arrays:
@@ -153,19 +159,21 @@ class _Places:
                 height, width = _extent(partition, array)
                 first = len(block_layer)
                 block_layer += [partition.layer] * (partition.groups[1] - partition.groups[0])
-                block, in_row = _numbered(partition, partition.input_indices, layer.inputs)
-                rows[:, array.id, height] = block + first, in_row
-                block, out_row = _numbered(partition, partition.output_indices, layer.outputs)
+                group, input_ = _numbered(partition, partition.input_indices)
+                rows[:, array.id, height] = group - partition.groups[0] + first, group, input_
+                group, output = _numbered(partition, partition.output_indices)
+                start = (group * layer.outputs + output) * layer.inputs
                 part = _parts(array, layer)
-                columns[:, array.id, width] = np.repeat([block + first, out_row], len(part), axis=1)
-                parts[array.id, width] = np.tile(part, len(out_row))
+                columns[:, array.id, width] = np.repeat([group - partition.groups[0] + first, start], len(part), axis=1)
+                parts[array.id, width] = np.tile(part, len(output))
         return cls(
             geometry=geometry,
             block_layer=np.array([*block_layer, -1], np.int64),
             row_block=rows[0].reshape(-1),
-            row_in=rows[1].reshape(-1),
+            row_group=rows[1].reshape(-1),
+            row_input=rows[2].reshape(-1),
             column_block=columns[0].reshape(-1),
-            column_out=columns[1].reshape(-1),
+            column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
         )
 
@@ -181,8 +189,8 @@ class _Places:
         return _Stuck(
             layer=layer[matters],
             at_home=(row_block == column_block)[matters],
-            in_row=self.row_in[row],
-            out_row=self.column_out[column],
+            in_group=self.row_group[row],
+            position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
             conductance=fault_map.conductance[matters],
         )
@@ -195,11 +203,10 @@ def _extent(partition: Partition, array: ArrayPlan) -> tuple[slice, slice]:
     return slice(partition.row, partition.row + rows), slice(partition.column, partition.column + columns)
 
 
-def _numbered(partition: Partition, indices: list[int], size: int) -> tuple[Integers, Integers]:
-    """Return block, and group * size + index, of each input or output of a partition in its order on the array."""
+def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integers]:
+    """Return group and index of each input or output of a partition in its order on the array."""
     groups = np.arange(*partition.groups)
-    block = np.repeat(groups - partition.groups[0], len(indices))
-    return block, (groups[:, None] * size + np.array(indices)).reshape(-1)
+    return np.repeat(groups, len(indices)), np.tile(np.array(indices), len(groups))
 
 
 def _parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
@@ -232,37 +239,40 @@ class _LayerCells:
 
     def faults(self, number: int, stuck: _Stuck) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number."""
-        home, away = stuck.take(stuck.at_home), stuck.take(~stuck.at_home)
+        away = stuck.take(np.flatnonzero(~stuck.at_home))
+        home = stuck.take(np.flatnonzero(stuck.at_home)) if len(away.part) else stuck
         extra = self._crossings(away)
-        group, input_ = np.divmod(away.in_row, self.plan.inputs)
-        inside = (group == away.out_row // self.plan.outputs) & (extra != 0)
-        positions = home.out_row * self.plan.inputs + home.in_row % self.plan.inputs
-        extra_positions = (away.out_row * self.plan.inputs + input_)[inside]
-        index, at = _unique(np.concatenate([positions, extra_positions]))
-        value = self._weights(self.cells.take(index, axis=1), at[: len(positions)], home, index // self.plan.inputs)
-        np.add.at(value, at[len(positions) :], extra[inside])
-        leaks = self._leaks(away.take(~inside), extra[~inside])
+        out_row, input_ = np.divmod(away.position, self.plan.inputs)
+        inside = (away.in_group == out_row // self.plan.outputs) & (extra != 0)
+        index, at = _unique(np.concatenate([home.position, away.position[inside]]))
+        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, index)
+        np.add.at(value, at[len(home.part) :], extra[inside])
+        pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
+        leaks = self._leaks(pair[~inside], extra[~inside])
         return LayerFaults(layer=number, index=index, value=value, leaks=leaks)
 
     def _crossings(self, stuck: _Stuck) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear."""
-        zeros = np.repeat(self.coding.zero_cells.reshape(-1, 1), len(stuck.part), axis=1)
-        return self._weights(zeros, np.arange(len(stuck.part)), stuck, stuck.out_row)
+        count = len(stuck.part)
+        zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
+        return self._weights(zeros, np.arange(count), stuck, stuck.position)
 
-    def _weights(self, cells: npt.NDArray[Any], at: Integers, stuck: _Stuck, out_row: Integers) -> Floats:
+    def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: _Stuck, position: Integers) -> Floats:
         """Return the weights that cells hold when some are stuck, float32 [weights].
 
         Args:
-            cells: The healthy cells, [slices * cells, weights].
+            cells: The healthy cells of each slice and role, [weights] each.
             at: Which weight each stuck cell belongs to.
             stuck: The stuck cells.
-            out_row: group * outputs + output of each weight.
+            position: Flat position of each weight in the matrix.
         """
-        table = self.coding.cell_values
-        values = (cells if table is None else table[cells]).astype(np.float32)
-        values[stuck.part, at] = self._cell_values(stuck.conductance)
-        difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, -1))
-        return difference * self.gain[out_row]
+        table, count = self.coding.cell_values, len(position)
+        values = np.empty((len(cells), count), np.float32)
+        for value, cell in zip(values, cells, strict=True):
+            value[:] = cell if table is None else table[cell]
+        values.reshape(-1)[stuck.part * count + at] = self._cell_values(stuck.conductance)
+        difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
+        return difference * self.gain[position // self.plan.inputs]
 
     def _cell_values(self, conductance: Floats) -> Floats:
         """Return what conductances are worth in a cell: themselves, or levels (fractions, or outside the range)."""
@@ -272,20 +282,23 @@ class _LayerCells:
         steps = (self.coding.levels or 0) - 1
         return ((conductance.astype(np.float64) - off) / (np.float64(on) - off) * steps).astype(np.float32)
 
-    def _leaks(self, stuck: _Stuck, value: Floats) -> Leaks | None:
-        """Return leaks in order, added up for each pair of rows; without those that come to nothing."""
-        width = self.plan.groups * self.plan.inputs
-        pair, at = _unique(stuck.out_row * width + stuck.in_row)
+    def _leaks(self, pair: Integers, value: Floats) -> Leaks | None:
+        """Return leaks in order, added up for each pair of rows; without those that come to nothing.
+
+        Args:
+            pair: out_row * groups * inputs + in_row of each leak.
+            value: float32, its weight.
+        """
+        pair, at = _unique(pair)
         total = np.zeros(len(pair), np.float32)
         np.add.at(total, at, value)
-        pair, total = pair[total != 0], total[total != 0]
-        return Leaks(in_row=pair % width, out_row=pair // width, value=total) if len(pair) else None
+        out_row, in_row = np.divmod(pair[total != 0], self.plan.groups * self.plan.inputs)
+        return Leaks(in_row=in_row, out_row=out_row, value=total[total != 0]) if len(in_row) else None
 
 
 def _unique(keys: Integers) -> tuple[Integers, Integers]:
     """Return the distinct keys, ascending, and which of them each key is."""
-    order = np.argsort(keys)
-    ordered = keys[order]
+    ordered, order = sort_with_order(keys)
     first = np.ones(len(keys), np.bool_)
     first[1:] = ordered[1:] != ordered[:-1]
     at = np.empty(len(keys), np.int64)

@@ -6,9 +6,11 @@ A line that a crash cut short is dropped when the journal is opened again; every
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,22 +30,36 @@ class Journal:
         experiment: What makes results comparable: everything that a result depends on, in plain data.
 
     Raises:
-        DataError: The file is no journal, damaged before its last line, or of another experiment.
+        DataError: The file is no journal, damaged before its last line, of another experiment, or being written.
     """
 
     def __init__(self, path: Path, experiment: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[str, Any] = {}
         header = {"format": _FORMAT, "experiment": _plain(experiment)}
+        with ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(path.open("r+b" if path.exists() else "xb"))
+                self._lock()
+                kept = self._read(header)
+                self._file.truncate(kept)
+                self._file.seek(kept)
+                if kept == 0:
+                    self._append(header)
+            except OSError as error:
+                raise DataError(f"{path}: the journal cannot be written: {error.strerror or error}") from error
+            stack.pop_all()
+
+    def _lock(self) -> None:
+        """Keep other processes out, where the file system can; the lock ends with this process, however that ends."""
         try:
-            kept = self._read(header) if path.exists() else 0
-            self._file = path.open("r+b" if path.exists() else "xb")
-            self._file.truncate(kept)
-            self._file.seek(kept)
-            if kept == 0:
-                self._append(header)
-        except OSError as error:
-            raise DataError(f"{path}: the journal cannot be written: {error.strerror or error}") from error
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{self.path}: another process is writing this journal; wait for it, or name another one"
+            ) from error
+        except OSError:
+            pass
 
     def _read(self, header: Mapping[str, Any]) -> int:
         """Take over the results of an earlier start; return up to which byte the file is whole."""

@@ -60,7 +60,7 @@ class Metric(Protocol):
         ...
 
     def learn(self, outputs: Outputs, batch: Batch) -> None:
-        """See a batch of the clean model's outputs; once for each batch, before anything is scored."""
+        """See a batch of the clean model's outputs; once for each batch, before any outputs for it are scored."""
         ...
 
     def fresh(self) -> Metric:

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from rerampile.deployment import load_deployment
-from rerampile.errors import ConfigError, DataError, FaultRunError
+from rerampile.errors import ConfigError, DataError
 from rerampile.files import CONDUCTANCES
 from rerampile.onnx_file import file_sha256
-from rerampile.runtime.data import Dataset, ImageDataset, open_dataset, without_split, write_first_image
+from rerampile.runtime.data import (
+    Dataset,
+    ImageDataset,
+    open_dataset,
+    training_split,
+    with_absolute_paths,
+    write_first_image,
+)
 from rerampile.runtime.dataset import spread
 from rerampile.runtime.executor import Executor, Inputs, Precision, open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
-from rerampile.runtime.metrics import MetricResult, open_metric
+from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_session
+from rerampile.runtime.workers import Workers
+from rerampile.version import __version__
 
-__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "run_chips"]
+__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "run_chips", "software_versions"]
 
 _CALIBRATION_IMAGES = 64  # of which int8 learns ranges
+_CALIBRATION_BATCH = 8  # all activations of as many are in memory at once
 _IMAGES = 100  # purpose of the random field that chooses each chip's images; faults use smaller numbers
 
 Indices = npt.NDArray[np.int64]
@@ -103,22 +113,51 @@ class ChipResult:
     non_finite: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 learns the ranges of activations from.
+
+    Attributes:
+        name: The data.
+        images: How many of its images.
+        inputs: Their batches, held in memory.
+    """
+
+    name: str
+    images: int
+    inputs: list[Inputs]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the inputs, as hex."""
+        found = hashlib.sha256()
+        for name, array in (item for inputs in self.inputs for item in inputs.items()):
+            found.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
+
+
 class Bench:
     """Everything that one process needs to measure chips, opened once.
+
+    Args:
+        experiment: What is measured.
+        learned: The metric and the fault-free score of another bench of the same experiment, to spare this one the
+            work.
 
     Raises:
         RerampileError: The deployment, the data or the options do not fit together.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, learned: tuple[Metric, MetricResult] | None = None) -> None:
         self.experiment = experiment
         self.deployment = load_deployment(experiment.folder)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_session(self.deployment.model_path)
         self.data = self._open_data(experiment.data, session)
-        self.executor, self.calibration = self._open_executor(session)
-        self.metric = open_metric(experiment.metric, self.data, session)
+        self.calibration = self._open_calibration(session)
+        self.executor = self._open_executor(experiment.precision)
+        self.metric = open_metric(experiment.metric, self.data, session) if learned is None else learned[0]
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
             read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
@@ -128,7 +167,7 @@ class Bench:
             if not isinstance(self.data, ImageDataset):
                 raise ConfigError(f"--first-image: {self.data.name} has no images; name a data set of images")
             write_first_image(self.data, experiment.first_image)
-        self.clean = self._learn()
+        self.clean = self._learn() if learned is None else learned[1]
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
 
@@ -144,20 +183,33 @@ class Bench:
             skip_bad=experiment.skip_bad,
         )
 
-    def _open_executor(self, session: Any) -> tuple[Executor, Dataset | None]:
-        """Open the deployed model, and the data that int8 learns from."""
-        experiment = self.experiment
-        data, inputs = None, list[Inputs]()
-        if experiment.precision == "int8":
-            data = self._open_data(experiment.calibration or without_split(experiment.data), session, "train")
+    def _open_calibration(self, session: Any) -> Calibration | None:
+        """Read what int8 learns ranges from."""
+        experiment, given = self.experiment, self.experiment.calibration
+        if experiment.precision != "int8":
+            if given is not None:
+                raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
+            return None
+        require_int8(self.deployment)
+        spec = given or training_split(experiment.data)
+        try:
+            data = self._open_data(spec, session, "train")
             wanted = spread(len(data), min(len(data), _CALIBRATION_IMAGES))
-            inputs = [batch.inputs for batch in data.batches(experiment.batch, wanted)]
-        elif experiment.calibration is not None:
-            raise ConfigError("--calibration: nothing to calibrate in fp32; leave it out, or say --precision int8")
-        opened = open_executor(
-            self.deployment, precision=experiment.precision, provider=experiment.provider, calibration=inputs
+            batches = list(data.batches(_CALIBRATION_BATCH, wanted))
+            return Calibration(spec, sum(len(b.indices) for b in batches), [b.inputs for b in batches])
+        except (ConfigError, DataError) as error:
+            more = "" if given else "; name other data with --calibration"
+            raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
+
+    def _open_executor(self, precision: Precision) -> Executor:
+        inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
+        return open_executor(
+            self.deployment, precision=precision, provider=self.experiment.provider, calibration=inputs
         )
-        return opened, data
+
+    def clean_in_fp32(self) -> dict[str, float]:
+        """Return the metrics of the fault-free deployment on all images in fp32, whatever chips run in."""
+        return self._score(self.images, self._open_executor("fp32")).values
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
@@ -167,14 +219,17 @@ class Bench:
 
     def _learn(self) -> MetricResult:
         """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
+        scored = self.metric.fresh()
         for batch in self.data.batches(self.experiment.batch, self.images):
-            self.metric.learn(self.executor.run(batch.inputs), batch)
-        return self._score(self.images)
+            outputs = self.executor.run(batch.inputs)
+            self.metric.learn(outputs, batch)
+            scored.update(outputs, batch)
+        return scored.result()
 
-    def _score(self, indices: Indices) -> MetricResult:
+    def _score(self, indices: Indices, executor: Executor) -> MetricResult:
         metric = self.metric.fresh()
         for batch in self.data.batches(self.experiment.batch, indices):
-            metric.update(self.executor.run(batch.inputs), batch)
+            metric.update(executor.run(batch.inputs), batch)
         return metric.result()
 
     @property
@@ -210,7 +265,7 @@ class Bench:
         indices = self.images_of(run)
         self.executor.apply(faults)
         try:
-            result = self._score(indices)
+            result = self._score(indices, self.executor)
         finally:
             self.executor.restore()
         clean, within = self._clean_on(result)
@@ -244,26 +299,29 @@ def run_chips(
     work: Sequence[tuple[int, int]],
     journal: Journal,
     *,
-    jobs: int = 1,
+    workers: Workers | None = None,
     progress: Callable[[ChipResult], None] | None = None,
 ) -> list[ChipResult]:
     """Measure chips, each once: what the journal holds is not done again.
 
-    Results depend on the experiment and on the number of the chip alone, never on the number of processes or on the
+    Results depend on the experiment and on the number of the chip alone, never on the number of workers or on the
     order in which they finish.
 
     Args:
-        bench: What is measured; used itself with one job, its experiment opened anew in each process with more.
+        bench: What is measured; used itself without workers, its experiment opened anew by each of them.
         work: (run, rate) of each wanted result.
         journal: Where results are kept as they come.
-        jobs: Processes.
+        workers: What measures instead of this process.
         progress: Called with each new result.
 
     Raises:
-        FaultRunError: A process died; what was finished is in the journal.
+        FaultRunError: Workers were lost; what was finished is in the journal.
+        DataError: A worker has other files or other software.
     """
     waiting = [item for item in work if bench.key(*item) not in journal.done]
-    measured = (bench.chip(*item) for item in waiting) if jobs == 1 else _in_processes(bench.experiment, waiting, jobs)
+    measured = (
+        workers.each(_Chips.of(bench), waiting) if workers is not None else (bench.chip(*item) for item in waiting)
+    )
     for result in measured:
         kept = dataclasses.asdict(result)
         del kept["rate"]  # a position, which another start may count otherwise
@@ -273,36 +331,69 @@ def run_chips(
     return [ChipResult(rate=rate, **journal.done[bench.key(run, rate)]) for run, rate in work]
 
 
-def _in_processes(experiment: Experiment, work: Sequence[tuple[int, int]], jobs: int) -> Iterator[ChipResult]:
-    if not work:
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_open_bench, initargs=(experiment,)) as pool:
-        pending: set[Future[ChipResult]] = {pool.submit(_measure_chip, *item) for item in work}
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise FaultRunError(
-                f"a worker process died with {len(pending)} results to come (out of memory?); finished chips are kept, "
-                f"start again with the same options to go on, or with fewer --jobs"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+@dataclass(frozen=True, kw_only=True)
+class _Chips:
+    """Chips as work for workers, which give the very results that a bench gives.
+
+    Attributes:
+        experiment: What is measured.
+        expected: What a worker elsewhere has to have alike: software and the experiment's record.
+        learned: The metric and the fault-free score of the bench; None where each worker finds out itself.
+    """
+
+    experiment: Experiment
+    expected: Mapping[str, Any]
+    learned: tuple[Metric, MetricResult] | None = field(compare=False)
+
+    @classmethod
+    def of(cls, bench: Bench) -> _Chips:
+        """Return the chips of a bench."""
+        return cls(
+            experiment=replace(bench.experiment, first_image=None),
+            expected={**software_versions(), **experiment_record(bench)},
+            learned=(bench.metric, bench.clean),
+        )
+
+    def open(self) -> Callable[[tuple[int, int]], ChipResult]:
+        """Open a bench.
+
+        Raises:
+            RerampileError: It cannot be opened here, or would give other results.
+        """
+        if self.learned is None:
+            self._check(software_versions())
+        bench = Bench(self.experiment, self.learned)
+        if self.learned is None:
+            self._check(experiment_record(bench))
+        return lambda item: bench.chip(*item)
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        for key, value in found.items():
+            if value != self.expected[key]:
+                raise DataError(
+                    f"{key} is {json.dumps(value)}, expected {json.dumps(self.expected[key])} as where the run was "
+                    f"started; give workers the same software, and the same files under the same paths"
+                )
+
+    def elsewhere(self) -> _Chips:
+        """Return the same chips for other machines."""
+        experiment = self.experiment
+        return replace(
+            self,
+            experiment=replace(
+                experiment,
+                folder=experiment.folder.absolute(),
+                fault_map=None if experiment.fault_map is None else experiment.fault_map.absolute(),
+                data=with_absolute_paths(experiment.data),
+                calibration=None if experiment.calibration is None else with_absolute_paths(experiment.calibration),
+            ),
+            learned=None,
+        )
 
 
-_bench: list[Bench] = []  # of a worker process
-
-
-def _open_bench(experiment: Experiment) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    _bench.append(Bench(experiment))
-
-
-def _measure_chip(run: int, rate: int) -> ChipResult:
-    return _bench[0].chip(run, rate)
+def software_versions() -> dict[str, str]:
+    """Return the versions of what results depend on."""
+    return {"rerampile": __version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
 
 
 def experiment_record(bench: Bench) -> Mapping[str, Any]:

@@ -1,17 +1,21 @@
 """The plain model in int8: whole-numbered weights as they are, activations rounded to uint8.
 
-Cells of few levels hold whole steps, so their weights need no rounding: the scale of an output is its gain. The ranges
-of activations come from calibration inputs, through ONNX Runtime's own quantiser, which writes QuantizeLinear and
-DequantizeLinear nodes that its optimiser turns into integer kernels.
+Cells of few levels hold whole steps. Where all differences of two cells fit into int8, weights need no rounding: the
+scale of an output divides its gain. Where there are more levels, or stuck cells lie outside their range, the scale is
+as coarse as the largest difference asks for. The ranges of activations come from calibration inputs, through ONNX
+Runtime's own quantiser, which writes QuantizeLinear and DequantizeLinear nodes that its optimiser turns into integer
+kernels.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import platform
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +31,9 @@ from rerampile.errors import ConfigError, FaultRunError
 from rerampile.plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
 from rerampile.runtime.plain_model import PlainModel, declare_weight
+from rerampile.schemes import Coding
 
-__all__ = ["QuantisedModel", "quantised_model", "require_dot_products"]
+__all__ = ["QuantisedModel", "quantised_model", "require_dot_products", "require_int8"]
 
 Floats = npt.NDArray[np.float32]
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -36,6 +41,9 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 _MOST_VALUES = 256  # of all slices of a cell together
 _OPSET = 13  # the first with a scale an output channel
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_LARGEST = 127  # magnitude of an int8 weight
+_PERCENTILE = 99.999  # of activations lie in their range: outliers would cost all others precision
+_DEVIATIONS = 4  # how far from their mean the conductances of stuck cells are told apart
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
@@ -64,13 +72,12 @@ def quantised_model(
         float_layers: Layers to leave in fp32.
 
     Raises:
-        ConfigError: The target's cells do not hold whole steps of at most 8 bits, or the model cannot be quantised.
-        FaultRunError: This CPU saturates int8 products, or ONNX Runtime's quantiser refuses the model.
+        ConfigError: As :func:`require_int8`, or no layer of the model can be quantised.
+        FaultRunError: As :func:`require_int8`, or ONNX Runtime's quantiser refuses the model.
     """
     from onnxruntime.quantization import QuantType  # half as much again to import as ONNX Runtime itself
 
-    _require_whole_steps(deployment)
-    require_dot_products()
+    require_int8(deployment)
     clean = _clean_model(deployment, plain)
     opset = next(o.version for o in clean.opset_import if o.domain in ("", "ai.onnx"))
     if opset < _OPSET:
@@ -86,7 +93,10 @@ def quantised_model(
             overrides[weight] = [{**fixed, "scale": value} for value in _scale(deployment, layer)]
             nodes.update(node.name for node in readers[weight])
     if not nodes:
-        raise ConfigError("--precision int8: no Conv, Gemm or MatMul of one group or fixed arrays; use fp32")
+        raise ConfigError(
+            "--precision int8: no layer has int8 kernels, expected a Conv, Gemm or MatMul on arrays that hold one of "
+            "its groups each; use fp32"
+        )
     proto = _quantise(clean, calibration, nodes, overrides)
     found = {tensor.name: tensor for tensor in proto.graph.initializer}
     scales, names = {}, []
@@ -101,15 +111,33 @@ def quantised_model(
     return QuantisedModel(plain=PlainModel(proto=proto, weights=tuple(names)), scales=scales)
 
 
-def _require_whole_steps(deployment: Deployment) -> None:
+def require_int8(deployment: Deployment) -> None:
+    """Refuse what cannot run in int8, before any work is done.
+
+    Raises:
+        ConfigError: The target's cells do not hold whole steps of at most 8 bits.
+        FaultRunError: This CPU saturates int8 products.
+    """
     for layer in deployment.plan.layers:
         coding = layer_coding(deployment.target, layer)
         if not coding.integer or coding.steps >= _MOST_VALUES:
-            found = "analog or measured levels" if not coding.integer else f"{coding.steps + 1} values"
+            found, remedy = _too_fine(coding)
             raise ConfigError(
                 f"--precision int8: cells of {found} in layer '{layer.name}', expected levels uniform in conductance, "
-                f"at most {_MOST_VALUES} values in all slices together; use fp32"
+                f"at most {_MOST_VALUES} values in all slices together; compile with {remedy}, or use fp32"
             )
+    require_dot_products()
+
+
+def _too_fine(coding: Coding) -> tuple[str, str]:
+    """Return what cells hold that int8 cannot, and the options of ``compile`` that make it fit."""
+    if coding.levels is None:
+        return "analog conductances", f"--set cell.levels={_LARGEST + 1}"
+    if coding.level_table is not None:
+        return "measured levels", "--set 'cell.level_table=\"uniform\"'"
+    slices = int(math.log(_MOST_VALUES, coding.levels) + 1e-9)
+    remedy = f"--set slices={slices}" if slices else f"--set slices=1 --set cell.levels={_LARGEST + 1}"
+    return f"{coding.steps + 1} values", remedy
 
 
 def require_dot_products() -> None:
@@ -167,21 +195,35 @@ def _axis(layer: LayerPlan, node: NodeProto) -> int | None:
 
 
 def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
-    """Return the scale of each row: its gain where every difference fits int8, a whole multiple where it does not."""
-    coding = layer_coding(deployment.target, layer)
-    most, least = coding.steps, coding.steps
-    if coding.cells == 1:
-        most, least = int(coding.high - coding.reference), int(coding.reference)
-    multiple = max(-(-most // 127), -(-least // 128))
-    return deployment.gain(layer) * np.float32(multiple)
+    """Return the scale of each row: its gain over a whole number, so that weights are exact, where int8 has the room.
+
+    Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer.
+    """
+    coding, cell = layer_coding(deployment.target, layer), deployment.target.cell
+    ends = [
+        max(0.0, stuck.mean + side * _DEVIATIONS * stuck.spread)
+        for stuck in (cell.stuck_off, cell.stuck_on)
+        for side in (-1, 1)
+    ]
+    all_levels = coding.steps / (coding.g_on - coding.g_off)
+    stuck_steps = [(conductance - coding.g_off) * all_levels for conductance in ends]
+    most, least = max(coding.high, *stuck_steps), min(coding.low, *stuck_steps)
+    reach = max(most - coding.reference, coding.reference - least) if coding.cells == 1 else most - least
+    share = _LARGEST / reach
+    return deployment.gain(layer) / np.float32(math.floor(share) if share >= 1 else share)
 
 
 def _quantise(
     model: onnx.ModelProto, calibration: Sequence[Inputs], nodes: Collection[str], overrides: Mapping[str, Any]
 ) -> onnx.ModelProto:
     """Run ONNX Runtime's quantiser: nodes of mapped layers with given scales, everything between them calibrated."""
-    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
+    options = {
+        "TensorQuantOverrides": dict(overrides),
+        "CalibPercentile": _PERCENTILE,
+        "CalibStridedMinMax": 1,  # of any method: one batch after another, not all in memory
+    }
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "quantised.onnx"
         try:
@@ -193,7 +235,8 @@ def _quantise(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=[n.name for n in model.graph.node if n.op_type in _WEIGHTED and n.name not in nodes],
-                extra_options={"TensorQuantOverrides": dict(overrides)},
+                calibrate_method=CalibrationMethod.Percentile,
+                extra_options=options,
             )
         except Exception as error:
             raise FaultRunError(
@@ -206,18 +249,27 @@ class _Reader:
     """Calibration inputs, as ONNX Runtime's quantiser wants to be handed them."""
 
     def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self._inputs = iter(inputs)
+        self._inputs = inputs
+        self._waiting = iter(inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with some of the inputs."""
+        self._waiting = iter(self._inputs[start_index:end_index])
 
     def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
         """Return the next inputs, None after the last."""
-        return next((dict(inputs) for inputs in self._inputs), None)
+        return next((dict(inputs) for inputs in self._waiting), None)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice out of the log: its model was prepared by the compiler."""
+    """Keep the quantiser quiet: its progress, and advice on models that the compiler has prepared."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(logging.NOTSET)

@@ -14,7 +14,7 @@ from rerampile.runtime.comparison import Compared, ComparisonReport, Difference,
 from rerampile.runtime.pictures import ArrayPicture, chips_picture, rate_text, rates_picture, render, stuck_picture
 from rerampile.runtime.validation import MetricReport, ValidationReport
 
-__all__ = ["known_text", "write_report"]
+__all__ = ["int8_text", "known_text", "write_report"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -197,6 +197,18 @@ def _requirements(report: ValidationReport) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
+def int8_text(report: ValidationReport) -> str:
+    """Return how far a validation in int8 is from fp32, in a line; empty in fp32."""
+    found = report.int8
+    if found is None:
+        return ""
+    clean = ", ".join(f"{name} {report.clean[name]:.2f} % ({value:.2f} %)" for name, value in found.clean_fp32.items())
+    return (
+        f"{found.layers} of {found.of_layers} layers; without faults (in fp32): {clean}; outputs "
+        f"{found.output_error:.2f} % (rms) from fp32 on {found.calibration_images} images of {found.calibration}"
+    )
+
+
 def _facts(report: ValidationReport) -> str:
     faults = "; ".join(
         f"{rate_text(r)}: asked {r.faults.stuck_off:.3g} off and {r.faults.stuck_on:.3g} on, found "
@@ -205,7 +217,8 @@ def _facts(report: ValidationReport) -> str:
     )
     facts = {
         "deployment": report.folder,
-        "execution": report.execution,
+        "execution": f"{report.precision}, {report.execution}",
+        **({} if report.int8 is None else {"int8": int8_text(report)}),
         "images": f"{report.images:,}",
         "faults": faults,
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),

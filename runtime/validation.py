@@ -12,12 +12,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 
 from rerampile.errors import ConfigError
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import LOWER_IS_BETTER
-from rerampile.runtime.monte_carlo import Bench, ChipResult, Experiment, experiment_record, run_chips
+from rerampile.runtime.monte_carlo import (
+    Bench,
+    ChipResult,
+    Experiment,
+    experiment_record,
+    run_chips,
+    software_versions,
+)
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
     ChipStatistics,
@@ -26,9 +32,9 @@ from rerampile.runtime.statistics import (
     two_stage_interval,
     variance_parts,
 )
-from rerampile.version import __version__
+from rerampile.runtime.workers import Workers, open_workers
 
-__all__ = ["RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
+__all__ = ["Int8Report", "RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
 
 
 class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
@@ -103,6 +109,27 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
     metrics: dict[str, MetricReport]
 
 
+class Int8Report(msgspec.Struct, kw_only=True, frozen=True):
+    """How far int8 is from fp32, without faults.
+
+    Attributes:
+        layers: Layers in int8; the others stay in fp32.
+        of_layers: All layers.
+        calibration: Data from which the ranges of activations were learned.
+        calibration_images: How many images of them.
+        output_error: On these images, ‖int8 − fp32‖ / ‖fp32‖ over all outputs, percent.
+        clean_fp32: The report's ``clean`` metrics in fp32: on all images, percent. Those that compare with the model
+            itself compare with it in int8.
+    """
+
+    layers: int
+    of_layers: int
+    calibration: str
+    calibration_images: int
+    output_error: float
+    clean_fp32: dict[str, float]
+
+
 class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-validation"):
     """What ``report.json`` of a validation holds.
 
@@ -116,6 +143,8 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         mapping: Mapping scheme.
         scale: One scale a tensor or a channel.
         execution: How the model ran, and why so.
+        precision: The arithmetic, fp32 or int8.
+        int8: Of int8: how far it is from fp32.
         images: Images used.
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
@@ -130,6 +159,8 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     mapping: str
     scale: str
     execution: str
+    precision: str
+    int8: Int8Report | None
     images: int
     clean: dict[str, float]
     rates: list[RateReport]
@@ -222,6 +253,7 @@ def validate(
     precision_points: float | None = None,
     requirements: Sequence[Requirement] = (),
     jobs: int = 1,
+    dask: str | None = None,
     progress: Callable[[int, int, ChipResult | None], None] | None = None,
 ) -> ValidationReport:
     """Run chips of a deployment and say what came out.
@@ -234,6 +266,7 @@ def validate(
             to each side, by a two-stage rule.
         requirements: What has to hold.
         jobs: Processes.
+        dask: Address of a Dask scheduler whose workers measure instead.
         progress: Called with (finished, wanted, the new result or None) as work goes on.
 
     Raises:
@@ -243,9 +276,23 @@ def validate(
         raise ConfigError(f"--runs {runs}: expected 1 or more")
     if precision_points is not None and not precision_points > 0:
         raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
+    with open_workers(jobs, dask) as workers:  # first: whether they answer is known at once
+        return _validate(experiment, journal, runs, precision_points, requirements, workers, progress)
+
+
+def _validate(
+    experiment: Experiment,
+    journal: Path,
+    runs: int,
+    precision_points: float | None,
+    requirements: Sequence[Requirement],
+    workers: Workers | None,
+    progress: Callable[[int, int, ChipResult | None], None] | None,
+) -> ValidationReport:
     bench = Bench(experiment)
     for requirement in requirements:
         requirement.check_measured([model.rate for model in experiment.faults], bench.metric.names)
+    int8 = _int8_report(bench)
     count = len(bench.measured) if experiment.fault_map is not None else runs
     rates = range(bench.rates)
     with Journal(journal, experiment_record(bench)) as record:
@@ -262,7 +309,7 @@ def validate(
                 if progress is not None:
                     progress(finished, len(work), result)
 
-            return run_chips(bench, work, record, jobs=jobs, progress=report)
+            return run_chips(bench, work, record, workers=workers, progress=report)
 
         if precision_points is None:
             results = measure(range(count), rates)
@@ -277,22 +324,33 @@ def validate(
     reports = [_rate_report(bench, [r for r in results if r.rate == rate], rate, precision_points) for rate in rates]
     plan = bench.deployment.plan
     return ValidationReport(
-        versions={
-            "rerampile": __version__,
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        versions={**software_versions(), "python": platform.python_version()},
         folder=bench.deployment.folder.name,
         model=plan.model.name,
         plan=dict(experiment_record(bench)),
         mapping=str(plan.options["mapping"]),
         scale=str(plan.options["scale"]),
         execution=f"{bench.executor.method}: {bench.executor.reason}",
+        precision=experiment.precision,
+        int8=int8,
         images=len(bench.images),
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
+    )
+
+
+def _int8_report(bench: Bench) -> Int8Report | None:
+    fidelity, calibration = bench.executor.fidelity, bench.calibration
+    if fidelity is None or calibration is None:
+        return None
+    return Int8Report(
+        layers=fidelity.layers,
+        of_layers=len(bench.deployment.plan.layers),
+        calibration=calibration.name,
+        calibration_images=calibration.images,
+        output_error=100 * fidelity.rms,
+        clean_fp32=bench.clean_in_fp32(),
     )
 
 
@@ -312,7 +370,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
             observed_on=sum(r.stuck_on for r in results) / cells,
         ),
         non_finite=sum(r.non_finite for r in results),
-        metrics={name: _metric_report(bench, results, name, precision) for name in results[0].values},
+        metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
     )
 
 
