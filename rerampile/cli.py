@@ -21,6 +21,7 @@ import click
 from rerampile.command import PATH, examples, json_option, print_json, scale_option, target_options
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
+from rerampile.predict_command import predict
 from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
@@ -427,5 +428,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (validate, compare, fault_maps):
+for command in (validate, compare, predict, fault_maps):
     main.add_command(command)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.errors import ConfigError, DataError
+from rerampile.errors import ConfigError, DataError, RerampileError
 from rerampile.runtime.data import open_dataset
 from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.executor import Executor, Inputs, Outputs, open_executor
@@ -34,12 +35,13 @@ __all__ = [
     "RatePrediction",
     "check_predictable",
     "predict",
+    "predict_beside",
     "predict_experiment",
 ]
 
 _IMAGES = 64  # of the calibration run
 _PROBE_NSR = 0.01  # noise that measures how much of a layer's error reaches the outputs
-_NOISY_RUNS = 350  # images run with noise, for all layers together, at most
+_NOISY_RUNS = 5  # images run with noise, for all layers together, for each image of the calibration run
 _MOST_PROBE_IMAGES = 16
 
 
@@ -84,8 +86,8 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
     layers: list[LayerPrediction]
 
 
-class Prediction(msgspec.Struct, kw_only=True, frozen=True):
-    """What faults are expected to do to a deployment.
+class Prediction(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-prediction"):
+    """What ``prediction.json`` holds: what faults are expected to do to a deployment.
 
     Attributes:
         format: What kind of file this is.
@@ -101,7 +103,6 @@ class Prediction(msgspec.Struct, kw_only=True, frozen=True):
         not_predicted: Layers that are left out, with the reason.
     """
 
-    format: str = "rerampile-prediction"
     format_version: int = 1
     folder: str
     model: str
@@ -133,7 +134,7 @@ def predict(
         data: Inputs to calibrate with; targets are not needed.
         images: How many of them to use at most.
         probe_images: How many of them each layer's noisy runs see; by default 16, or so few that those of all
-            layers are at most 350, and as many as there are data.
+            layers are at most five times ``images``, and no more than there are data.
         batch: Images run at once.
         seed: Seed of the noise.
         progress: Called with (done, all): the calibration run and the noisy run of each layer count one each.
@@ -157,7 +158,7 @@ def predict(
     energies, reasons = layer_energies(deployment, errors, faults, calibration)
     report(1, steps)
     if probe_images is None:
-        probe_images = max(1, min(_MOST_PROBE_IMAGES, min(_NOISY_RUNS, len(data)) // len(layers)))
+        probe_images = max(1, min(_MOST_PROBE_IMAGES, min(_NOISY_RUNS * images, len(data)) // len(layers)))
     probe_images = min(probe_images, images)
     probes = [b.inputs for b in data.batches(1, spread(len(data), probe_images))]
     worst = max(range(len(faults)), key=lambda number: faults[number].rate)
@@ -215,6 +216,30 @@ def predict_experiment(
         seed=experiment.seed,
         progress=progress,
     )
+
+
+def predict_beside(experiment: Experiment) -> Prediction | str:
+    """Predict what chips that are run do at their highest failure rate, from the data that they are run on.
+
+    Args:
+        experiment: What is run. Nothing is expected of it: this is an extra.
+
+    Returns:
+        The prediction, or why there is none.
+    """
+    if experiment.fault_map is not None:
+        return "chips are measured, not drawn"
+    worst = max(experiment.faults, key=lambda model: model.rate)
+    if worst.distribution != "independent":
+        return f"the closed forms hold for independent faults, not for --distribution {worst.distribution}"
+    if not worst.rate:
+        return "no cell is stuck"
+    images = min(_IMAGES, experiment.images or _IMAGES)
+    try:
+        found = predict_experiment(replace(experiment, faults=(worst,), images=images), split="test")
+    except RerampileError as error:
+        return str(error)
+    return found if found.rates[0].layers else "; ".join(sorted(set(found.not_predicted.values())))
 
 
 def check_predictable(faults: Sequence[FaultModel]) -> None:

@@ -22,7 +22,9 @@ FACES = {
     "rerampile.chips_progress",
     "rerampile.compare_command",
     "rerampile.fault_commands",
+    "rerampile.predict_command",
     "rerampile.validate_command",
+    "rerampile.show_prediction",
     "rerampile.show_validation",
 }
 """The modules that may see everything; all others are passes, runtime or core."""
