@@ -29,7 +29,8 @@ def show_prediction(out: Console, found: Prediction, verbose: bool, folder: Path
     for rate in found.rates:
         rates.add_row(f"{rate.rate:.6g}", f"{rate.output_error:.2f} %", f"{rate.coherent_error:.2f} %")
     print_parts(out, rates)
-    _show_layers(out, found.rates, verbose)
+    worst = highest(found.rates)
+    _show_layers(out, worst, len(worst.layers) if verbose else _LISTED)
     known = [("data", f"{found.data}, {found.images:,} images; noise in each layer on {found.probe_images:,}")]
     layers_of: dict[str, list[str]] = defaultdict(list)
     for layer, reason in found.not_predicted.items():
@@ -40,20 +41,14 @@ def show_prediction(out: Console, found: Prediction, verbose: bool, folder: Path
     print_parts(out, facts_table([(word, printable(text)) for word, text in known]))
 
 
-def _show_layers(out: Console, rates: list[RatePrediction], verbose: bool) -> None:
-    """Print the ranking at the highest failure rate, with the error of each layer's products at every rate."""
-    worst = highest(rates)
-    nsr = [{layer.layer: layer.nsr for layer in rate.layers} for rate in rates]
-    table = new_table(
-        ("layers that hurt", "left"),
-        (f"share at {worst.rate:.6g}", "right"),
-        ("sensitivity", "right"),
-        *((f"NSR at {rate.rate:.6g}", "right") for rate in rates),
-    )
-    listed, others, share = ranking(worst, len(worst.layers) if verbose else _LISTED)
+def _show_layers(out: Console, rate: RatePrediction, most: int) -> None:
+    """Print the ranking at one failure rate."""
+    heads = ("share", "NSR", "sensitivity")
+    table = new_table((f"layers that hurt at {rate.rate:.6g}", "left"), *((head, "right") for head in heads))
+    listed, others, share = ranking(rate, most)
     for layer in listed:
-        errors = (f"{100 * of_rate[layer.layer]:.3g} %" for of_rate in nsr)
-        table.add_row(printable(layer.layer), f"{100 * layer.share:.1f} %", f"{layer.sensitivity:.3g}", *errors)
+        parts = (f"{100 * layer.share:.1f} %", f"{100 * layer.nsr:.3g} %", f"{layer.sensitivity:.3g}")
+        table.add_row(printable(layer.layer), *parts)
     if others:
         table.add_row(f"{others} others", f"{100 * share:.1f} %")
     print_parts(out, table)

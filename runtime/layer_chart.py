@@ -77,11 +77,8 @@ def write_prediction(folder: Path, prediction: Prediction) -> None:
         ConfigError: A file cannot be written.
     """
     data = msgspec.json.format(msgspec.json.encode(prediction), indent=1) + b"\n"
-    files = {"prediction.json": data}
-    worst = highest(prediction.rates)
-    if worst.layers:
-        svg, files["layers.png"] = render(layers_picture(worst))
-        files["layers.svg"] = svg.encode()
+    svg, png = render(layers_picture(highest(prediction.rates)))
+    files = {"prediction.json": data, "layers.svg": svg.encode(), "layers.png": png}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -90,6 +90,8 @@ def layer_energies(
     for number, layer in enumerate(deployment.plan.layers):
         if number not in reasons:
             graph.add(number, layer, errors[number])
+    if not graph.companions:
+        return {}, reasons
     weights = {
         name: np.ascontiguousarray(layer.view.tensor(deployment.weights(layer)))
         for layer, name in zip(deployment.plan.layers, plain.weights, strict=True)

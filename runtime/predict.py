@@ -140,7 +140,7 @@ def predict(
         progress: Called with (done, all): the calibration run and the noisy run of each layer count one each.
 
     Raises:
-        ConfigError: Faults are not independent, or a number is out of range.
+        ConfigError: Faults are not independent, a number is out of range, or no layer can be predicted.
         DataError: There are no images.
     """
     check_predictable(faults)
@@ -156,6 +156,8 @@ def predict(
     errors = [LayerErrors(deployment, number) for number in range(len(layers))]
     calibration = (b.inputs for b in data.batches(batch, spread(len(data), images)))
     energies, reasons = layer_energies(deployment, errors, faults, calibration)
+    if not energies:
+        raise ConfigError(f"{deployment.folder}: no layer to predict: {'; '.join(sorted(set(reasons.values())))}")
     report(1, steps)
     if probe_images is None:
         probe_images = max(1, min(_MOST_PROBE_IMAGES, min(_NOISY_RUNS * images, len(data)) // len(layers)))
@@ -236,10 +238,9 @@ def predict_beside(experiment: Experiment) -> Prediction | str:
         return "no cell is stuck"
     images = min(_IMAGES, experiment.images or _IMAGES)
     try:
-        found = predict_experiment(replace(experiment, faults=(worst,), images=images), split="test")
+        return predict_experiment(replace(experiment, faults=(worst,), images=images), split="test")
     except RerampileError as error:
         return str(error)
-    return found if found.rates[0].layers else "; ".join(sorted(set(found.not_predicted.values())))
 
 
 def check_predictable(faults: Sequence[FaultModel]) -> None:
