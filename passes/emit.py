@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.background import in_background, side_by_side
 from rerampile.deployed_model import deployed_model
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS
 from rerampile.layer import Layer
-from rerampile.onnx_file import file_sha256
-from rerampile.plan import FileRecord
+from rerampile.onnx_file import hash_on_disk
 from rerampile.planning import plan_of
 from rerampile.schemes import Coding, row_chunks
 from rerampile.tensor_file import TensorWriter
@@ -32,17 +32,14 @@ class Emit:
     def run(self, unit: Unit) -> Unit:
         """Write the files and fill ``plan``."""
         conductances, mean_conductance = _write_conductances(unit)
-        _write_masks(unit)
+        writers = [conductances, *_write_masks(unit)]
         (unit.folder / DEPLOYED).write_bytes(
             deployed_model(unit, conductances.specs).SerializeToString(deterministic=True)
         )
-        files = {
-            path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
-            for path in sorted(unit.folder.iterdir())
-            if path.is_file() and path.name != CONDUCTANCES
-        }
-        files[CONDUCTANCES] = FileRecord(sha256=conductances.sha256, bytes=conductances.path.stat().st_size)
-        return replace(unit, plan=plan_of(unit, files, mean_conductance))
+        hashes = {writer.path.name: writer.sha256 for writer in writers}
+        others = [path for path in unit.folder.iterdir() if path.is_file() and path.name not in hashes]
+        hashes |= {path.name: in_background(hash_on_disk, path) for path in others}
+        return replace(unit, hashes=hashes, plan=plan_of(unit, mean_conductance))
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the bytes written."""
@@ -56,31 +53,27 @@ def _write_conductances(unit: Unit) -> tuple[TensorWriter, dict[str, float]]:
         mapped = unit.mapped[layer.name]
         shape = (mapped.coding.slices, mapped.coding.cells, *layer.view.shape)
         tensors += [(f"{layer.name}.cells", mapped.coding.dtype, shape), (f"{layer.name}.gain", np.float32, shape[2:3])]
-    means: dict[str, float] = {}
-    by_tensor = {f"{layer.name}.{kind}": (layer, kind) for layer in unit.layers for kind in ("cells", "gain")}
     with TensorWriter(unit.folder / CONDUCTANCES, tensors, {"format": "rerampile-conductances"}) as writer:
-        for name in writer.specs:
-            layer, kind = by_tensor[name]
-            mapped = unit.mapped[layer.name]
-            if kind == "gain":
-                writer.write(name, mapped.gain)
-                continue
-            means[layer.name] = _write_cells(unit, layer, writer, name)
-    return writer, means
+        means = side_by_side(lambda layer: _write_layer(unit, layer, writer), unit.layers)
+    return writer, dict(zip((layer.name for layer in unit.layers), means, strict=True))
 
 
-def _write_cells(unit: Unit, layer: Layer, writer: TensorWriter, name: str) -> float:
+def _write_layer(unit: Unit, layer: Layer, writer: TensorWriter) -> float:
     """Encode and write one layer's cells, some outputs at a time; return the mean conductance of a cell."""
     coding, gain = unit.mapped[layer.name].coding, unit.mapped[layer.name].gain
     weights, sums = unit.weight_rows(layer), []
 
     def blocks() -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        for rows in row_chunks(layer.view.shape):
-            cells = coding.encode(weights(rows), gain[rows])
+        chunks = row_chunks(layer.view.shape)
+        buffer = np.empty((coding.slices, coding.cells, chunks[0].stop, layer.view.inputs), coding.dtype)
+        for rows in chunks:
+            part = weights(rows)
+            cells = coding.encode(part, gain[rows], out=buffer[:, :, : len(part)])
             sums.append(_total_conductance(coding, cells))
             yield rows, cells
 
-    writer.write_rows(name, blocks())
+    writer.write_rows(f"{layer.name}.cells", blocks())
+    writer.write(f"{layer.name}.gain", gain)
     return math.fsum(sums) / (math.prod(layer.view.shape) * coding.cells * coding.slices)
 
 
@@ -93,11 +86,12 @@ def _total_conductance(coding: Coding, cells: npt.NDArray[Any]) -> float:
     return cells.size * coding.g_off + int(cells.sum(dtype=np.uint64)) * step
 
 
-def _write_masks(unit: Unit) -> None:
+def _write_masks(unit: Unit) -> list[TensorWriter]:
     if not unit.masks:
-        return
+        return []
     layers = [layer for layer in unit.layers if layer.name in unit.masks]
     tensors = [(layer.name, np.bool_, layer.view.tensor_shape) for layer in layers]
     with TensorWriter(unit.folder / MASKS, tensors, {"format": "rerampile-masks"}) as writer:
         for layer in layers:
             writer.write(layer.name, layer.view.tensor(unit.masks[layer.name].kept))
+    return [writer]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,69 +12,12 @@ from onnx import TensorProto
 from rerampile.errors import ModelError, UnsupportedModelError
 from rerampile.graph import STANDARD_DOMAINS, GraphNode, ModelGraph, Tensor
 from rerampile.layer import DigitalOperation, Layer
-from rerampile.matrix_view import MatrixView
 from rerampile.passes.fold import fold_neighbours
 from rerampile.unit import Unit
+from rerampile.weight_slots import SLOTS, WeightSlot
 
 __all__ = ["FindLayers", "find_layers"]
 
-
-def _convolution(node: GraphNode, shape: Sequence[int]) -> MatrixView:
-    return MatrixView.of_convolution(shape, node.attribute("group", 1))
-
-
-def _transposed_convolution(node: GraphNode, shape: Sequence[int]) -> MatrixView:
-    return MatrixView.of_transposed_convolution(shape, node.attribute("group", 1))
-
-
-def _right(node: GraphNode, shape: Sequence[int]) -> MatrixView:
-    return MatrixView.of_product(shape, outputs_first=bool(node.attribute("transB", 0)))
-
-
-def _left(node: GraphNode, shape: Sequence[int]) -> MatrixView:
-    return MatrixView.of_product(shape, outputs_first=not node.attribute("transA", 0))
-
-
-def _recurrent(node: GraphNode, shape: Sequence[int]) -> MatrixView:
-    return MatrixView.of_product(shape, outputs_first=True)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """An input of an operator that can hold weights.
-
-    Attributes:
-        weight: Input slot of the weights.
-        data: Input slot of what the weights multiply.
-        view: How the weights are read as matrices.
-        rank: Smallest and largest rank of the weights.
-        zero_point: Input slot of the weights' zero point, for whole-numbered weights.
-        zero_point_axis: Axis of the weights that a zero point of several numbers runs along.
-    """
-
-    weight: int
-    data: int
-    view: Callable[[GraphNode, Sequence[int]], MatrixView]
-    rank: tuple[int, int]
-    zero_point: int | None = None
-    zero_point_axis: int = 0
-
-
-_CONV_RANK, _GEMM_RANK, _MATMUL_RANK, _RNN_RANK = (3, 5), (2, 2), (1, 16), (3, 3)
-
-SLOTS: dict[str, tuple[_Slot, ...]] = {
-    "Conv": (_Slot(1, 0, _convolution, _CONV_RANK),),
-    "ConvTranspose": (_Slot(1, 0, _transposed_convolution, _CONV_RANK),),
-    "Gemm": (_Slot(1, 0, _right, _GEMM_RANK), _Slot(0, 1, _left, _GEMM_RANK)),
-    "MatMul": (_Slot(1, 0, _right, _MATMUL_RANK), _Slot(0, 1, _left, _MATMUL_RANK)),
-    "ConvInteger": (_Slot(1, 0, _convolution, _CONV_RANK, 3, 0),),
-    "MatMulInteger": (_Slot(1, 0, _right, _MATMUL_RANK, 3, -1), _Slot(0, 1, _left, _MATMUL_RANK, 2, -2)),
-    "QLinearConv": (_Slot(3, 0, _convolution, _CONV_RANK, 5, 0),),
-    "QLinearMatMul": (_Slot(3, 0, _right, _MATMUL_RANK, 5, -1), _Slot(0, 3, _left, _MATMUL_RANK, 2, -2)),
-    "LSTM": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
-    "GRU": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
-    "RNN": (_Slot(1, 0, _recurrent, _RNN_RANK), _Slot(2, 0, _recurrent, _RNN_RANK)),
-}
 
 _RUNTIME_DOMAINS = (*STANDARD_DOMAINS, "ai.onnx.ml", "com.microsoft")
 
@@ -187,7 +130,7 @@ def _layers_of(graph: ModelGraph, node: GraphNode) -> tuple[list[tuple[Layer, in
     return layers, None
 
 
-def _layer(graph: ModelGraph, node: GraphNode, slot: _Slot) -> Layer | tuple[str, str]:
+def _layer(graph: ModelGraph, node: GraphNode, slot: WeightSlot) -> Layer | tuple[str, str]:
     tensor = node.input(slot.weight)
     element_type = graph.element_type(tensor)
     if element_type not in _WEIGHT_TYPES:
@@ -215,7 +158,7 @@ def _layer(graph: ModelGraph, node: GraphNode, slot: _Slot) -> Layer | tuple[str
     return layer if slot.zero_point is None else _with_zero_point(graph, layer, node, slot)
 
 
-def _with_zero_point(graph: ModelGraph, layer: Layer, node: GraphNode, slot: _Slot) -> Layer | tuple[str, str]:
+def _with_zero_point(graph: ModelGraph, layer: Layer, node: GraphNode, slot: WeightSlot) -> Layer | tuple[str, str]:
     zero_point: Tensor | None = node.input(slot.zero_point or 0)
     if zero_point is None:
         return layer

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.background import side_by_side
 from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
-from rerampile.schemes import Coding, Scheme
+from rerampile.schemes import Coding, Scheme, row_chunks
 from rerampile.target import Target
 from rerampile.unit import MappedLayer, Unit
 
 __all__ = ["Map", "coding_for"]
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Map:
                 f"mapping '{coding.scheme}': one cell of {coding.levels} levels holds zero and weights of one sign "
                 f"only; use more levels or slices, or a scheme with a pair of cells"
             )
-        return replace(unit, mapped={layer.name: _map_layer(unit, layer, coding) for layer in unit.layers})
+        mapped = side_by_side(lambda layer: _map_layer(unit, layer, coding), unit.layers)
+        return replace(unit, mapped=dict(zip((layer.name for layer in unit.layers), mapped, strict=True)))
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the scheme and the number of weights."""
@@ -59,8 +63,8 @@ def coding_for(target: Target, scheme: Scheme) -> Coding:
 
 
 def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
-    weights = unit.weights(layer)
-    magnitude = np.maximum(weights.max(axis=1), -weights.min(axis=1))  # NaN and infinity survive both
+    smallest, largest, nonzero = _survey(unit, layer)
+    magnitude = np.maximum(largest, -smallest)  # NaN and infinity survive both
     if not np.isfinite(magnitude).all():
         raise ModelError(
             f"{unit.model.name}: layer '{layer.name}' has a weight that is NaN, infinite or beyond float32 in output "
@@ -72,25 +76,40 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
             f"{unit.model.name}: layer '{layer.name}': weights of up to {magnitude.max():.3g}, expected at most "
             f"{limit:.3g}, where weight per siemens still fits float32; scale the model down"
         )
-    zeros = weights.size - int(np.count_nonzero(weights))
+    exact = layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max()))
     return MappedLayer(
         coding=coding,
-        gain=_gain(unit, layer, coding, weights, magnitude),
-        nonzero=weights != 0 if zeros else None,
-        zeros=zeros,
+        gain=np.ones_like(magnitude) if exact else _gain(unit, layer, coding, magnitude),
+        nonzero=nonzero,
+        zeros=0 if nonzero is None else nonzero.size - int(np.count_nonzero(nonzero)),
     )
 
 
-def _gain(
-    unit: Unit, layer: Layer, coding: Coding, weights: npt.NDArray[np.float32], magnitude: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:
+    """Return the smallest and the largest weight of each output, and where weights are not zero: None for everywhere.
+
+    The weights are read once, some outputs at a time.
+    """
+    weights, shape = unit.weight_rows(layer), layer.view.shape
+    smallest, largest = np.empty(shape[0], np.float32), np.empty(shape[0], np.float32)
+    nonzero: npt.NDArray[np.bool_] | None = None
+    for rows in row_chunks(shape):
+        part = weights(rows)
+        part.min(axis=1, out=smallest[rows])
+        part.max(axis=1, out=largest[rows])
+        filled = part != 0
+        if not filled.all():
+            nonzero = np.ones(shape, np.bool_) if nonzero is None else nonzero
+            nonzero[rows] = filled
+    return smallest, largest, nonzero
+
+
+def _gain(unit: Unit, layer: Layer, coding: Coding, magnitude: Floats) -> Floats:
     """Return the gain of each output.
 
     Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
     steps, else multiples of the smallest whole number that fits.
     """
-    if layer.integer and coding.holds_integers(weights):
-        return np.ones(len(magnitude), np.float32)
     if unit.options.scale == "tensor":
         magnitude = np.full_like(magnitude, magnitude.max(initial=0))
     gain = coding.gain(magnitude)

@@ -6,7 +6,6 @@ channels, named by that number (``64``, ``128``, ...).
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,12 @@ import numpy.typing as npt
 from rerampile.errors import ConfigError, did_you_mean
 from rerampile.layer import Layer
 from rerampile.npz_file import read_npz
+from rerampile.passes.pruning.constraint import keep_largest
+from rerampile.passes.pruning.ratios import asked_ratios, layer_names
 from rerampile.tensor_file import TensorFile, stores
 from rerampile.unit import Mask, Unit
 
-__all__ = ["Prune", "magnitude_mask"]
+__all__ = ["Prune"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Prune:
         """
         if unit.options.masks is not None:
             return replace(unit, masks=_masks_from_file(unit.options.masks, unit.layers))
-        ratios = _ratios(unit.options.prune, unit.layers)
+        ratios = asked_ratios(unit.options.prune, unit.layers)
         masks = {
-            layer.name: Mask(kept=magnitude_mask(layer.matrix(unit.graph), ratio), source=f"magnitude {ratio:g}")
+            layer.name: Mask(kept=_largest(layer.matrix(unit.graph), ratio), source=f"magnitude {ratio:g}")
             for layer in unit.layers
             if (ratio := ratios.get(layer.name, 0.0)) > 0
         }
@@ -53,53 +54,9 @@ class Prune:
         return {"layers pruned": len(unit.masks), "weights pruned": total - kept}
 
 
-def magnitude_mask(weights: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
-    """Return which weights to keep, bool [outputs, inputs]: all but the ``ratio`` smallest in magnitude.
-
-    Exactly ``round(ratio * size)`` weights go; among equal magnitudes the earlier ones.
-    """
-    remove = round(ratio * weights.size)
-    kept = np.ones(weights.size, np.bool_)
-    if remove == 0:
-        return kept.reshape(weights.shape)
-    magnitude = np.abs(weights).reshape(-1)
-    threshold = np.partition(magnitude, remove - 1)[remove - 1]
-    kept[magnitude < threshold] = False
-    ties = np.flatnonzero(magnitude == threshold)
-    kept[ties[: remove - (weights.size - int(np.count_nonzero(kept)))]] = False
-    return kept.reshape(weights.shape)
-
-
-def _ratios(asked: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
-    """Return the pruning ratio of each layer; what is named later wins.
-
-    Raises:
-        ConfigError: A ratio is outside [0, 1), or a key names no block and no layer.
-    """
-    ratios: dict[str, float] = {}
-    for key, ratio in asked.items():
-        if not 0 <= ratio < 1:
-            asked_for = f"{ratio:g}" if key == "*" else f"{key}={ratio:g}"
-            raise ConfigError(f"--prune {asked_for}: expected a ratio of 0 or more and less than 1")
-        hit = [layer for layer in layers if key == layer.block or _matches(key, layer)]
-        if not hit:
-            known = {layer.block for layer in layers} | {layer.name for layer in layers}
-            raise ConfigError(
-                f"--prune {key}={ratio:g}: no block and no layer of that name; expected a number of output channels or "
-                f"a layer name pattern{did_you_mean(key, known)}"
-            )
-        ratios.update({layer.name: ratio for layer in hit})
-    return ratios
-
-
-def _matches(pattern: str, layer: Layer) -> bool:
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in _names(layer))
-
-
-def _names(layer: Layer) -> list[str]:
-    """Return every name by which a user may call a layer: its own, its tensor's, its nodes'."""
-    names = [layer.name, layer.tensor.name, *(node.full_name for node, _ in layer.uses)]
-    return list(dict.fromkeys([*names, *(node.name for node, _ in layer.uses)]))
+def _largest(weights: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
+    """Return which weights to keep, bool [outputs, inputs]: all but exactly ``round(ratio * size)`` of the smallest."""
+    return keep_largest(np.abs(weights).reshape(-1), round(ratio * weights.size)).reshape(weights.shape)
 
 
 def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
@@ -113,7 +70,7 @@ def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
     """
     by_name: dict[str, list[Layer]] = {}
     for layer in layers:
-        for name in _names(layer):
+        for name in layer_names(layer):
             by_name.setdefault(name, []).append(layer)
     masks: dict[str, Mask] = {}
     found: dict[str, str] = {}

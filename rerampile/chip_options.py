@@ -124,6 +124,8 @@ def _fault_models(
         return (FaultModel(stuck_off=stuck_off or 0.0, stuck_on=stuck_on or 0.0, **more),)
     if len(off_on) != 2:
         raise click.UsageError("--off-on: expected two numbers, as in 1:5.2")
+    if rates is not None and len(set(rates)) < len(rates):
+        raise click.UsageError("--failure-rate: a rate is there twice, expected different ones")
     return tuple(FaultModel.of_rate(rate, (off_on[0], off_on[1]), **more) for rate in rates or _DEFAULT_RATES)
 
 

@@ -46,7 +46,7 @@ def chips_progress(quiet: bool, label: str = "chips") -> Iterator[Callable[[int,
                 task,
                 completed=finished,
                 description=", ".join(f"{name} {value:.2f}" for name, value in result.values.items()),
-                rate="" if speed is None else f"{60 * speed:,.3g} chips/min",
+                rate="" if speed is None else f"{60 * speed:,.1f} chips/min",
             )
 
         yield update

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-__all__ = ["PATH", "examples", "json_option", "print_json", "scale_option", "target_options"]
+__all__ = [
+    "PATH",
+    "examples",
+    "json_option",
+    "print_json",
+    "refuse_given",
+    "report_folder",
+    "scale_option",
+    "target_options",
+]
 
 PATH = click.Path(path_type=Path)
 
@@ -30,6 +40,41 @@ def json_option(command: F) -> F:
 def print_json(data: Any) -> None:
     """Print data for programs."""
     click.echo(json.dumps(data, indent=1))
+
+
+def refuse_given(ctx: click.Context, names: Collection[str], reason: str) -> None:
+    """Refuse options of the command line that would have no effect.
+
+    Args:
+        ctx: The call.
+        names: Names of the parameters.
+        reason: Why they have none; follows the option's own name.
+    """
+    for parameter in ctx.command.params:
+        if parameter.name in names and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]}: {reason}")
+
+
+def report_folder(out: Path) -> Path:
+    """Make a folder for a report, or take one with an earlier report in it.
+
+    Raises:
+        ConfigError: It cannot be made, or holds a deployment or somebody else's files under a report's names.
+    """
+    from rerampile.errors import ConfigError
+
+    remedy = "name another folder with -o"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in out.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"-o {out}: cannot be used as a folder: {error.strerror or error}; {remedy}") from error
+    if "plan.json" in names:
+        raise ConfigError(f"-o {out}: a deployment, expected a folder for the report; {remedy}")
+    foreign = sorted(name for name in names if name.startswith("report."))
+    if foreign and not any(name.endswith("journal.jsonl") for name in names):
+        raise ConfigError(f"-o {out}: holds a '{foreign[0]}' of something else, which would be lost; {remedy}")
+    return out
 
 
 def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

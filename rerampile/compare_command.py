@@ -18,7 +18,16 @@ from rerampile.chip_options import (
     seed_option,
 )
 from rerampile.chips_progress import chips_progress
-from rerampile.command import PATH, examples, json_option, print_json, scale_option, target_options
+from rerampile.command import (
+    PATH,
+    examples,
+    json_option,
+    print_json,
+    refuse_given,
+    report_folder,
+    scale_option,
+    target_options,
+)
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -52,7 +61,10 @@ __all__ = ["compare"]
 @click.option("-o", "--out", metavar="FOLDER", type=PATH, help="Where the report goes.  [default: NAME.comparison]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @json_option
+@click.pass_context
 def compare(
+    ctx: click.Context,
+    /,
     sources: tuple[Path, ...],
     mappings: str | None,
     target: str,
@@ -77,20 +89,23 @@ def compare(
     """
     import msgspec
 
+    from rerampile.runtime.comparison import check_alike, check_drop
     from rerampile.runtime.comparison import compare as compare_validations
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.pictures import most_hit_array
     from rerampile.runtime.report import write_report
     from rerampile.runtime.validation import validate
 
-    place = out or Path(f"{sources[0].resolve().stem}.comparison")
-    place.mkdir(parents=True, exist_ok=True)
     if mappings is None:
+        refuse_given(ctx, ("target", "settings", "scale"), "the folders are compiled already; give --mappings, too")
         folders = _distinct(sources)
-    elif len(sources) == 1:
-        folders = _compiled(sources[0], mappings.split(","), place, target=target, settings=settings, scale=scale)
-    else:
+        check_alike(folders)
+    elif len(sources) > 1:
         raise click.UsageError("--mappings: expected one model to compile")
+    check_drop(drop)
+    place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
+    if mappings is not None:
+        folders = _compiled(sources[0], mappings.split(","), place, target=target, settings=settings, scale=scale)
     experiments = [
         Experiment(folder=folder, faults=faults, seed=seed, **data, **metric, **execution) for folder in folders
     ]
@@ -127,9 +142,10 @@ def _compiled(
 ) -> list[Path]:
     """Compile a model with each mapping into the report's folder."""
     from rerampile.compiler import compile_model
+    from rerampile.schemes import known_scheme
     from rerampile.target import Target
 
-    names = [mapping.strip() for mapping in mappings]
+    names = [known_scheme(mapping.strip()) for mapping in mappings]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise click.UsageError(f"--mappings {','.join(names)}: expected two or more different ones")
     resolved = Target.load(target, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,14 +15,14 @@ from typing import Any, Literal
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.errors import ConfigError, RerampileError, did_you_mean
+from rerampile.errors import ConfigError, RerampileError
 from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import SCHEMES, Scheme
+from rerampile.schemes import known_scheme
 from rerampile.target import Target
 from rerampile.unit import CompileOptions, Pass, Unit
 
@@ -76,7 +77,7 @@ def compile_model(
     """
     resolved = target if isinstance(target, Target) else Target.load(target)
     options = CompileOptions(
-        mapping=_known_scheme(mapping or resolved.mapping),
+        mapping=known_scheme(mapping or resolved.mapping),
         scale=_known_scale(scale),
         prune=_ratios(prune),
         masks=None if masks is None else Path(masks),
@@ -92,10 +93,11 @@ def compile_model(
         raise ConfigError(f"seed {seed}: expected 0 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
         raise ConfigError(f"tolerance {tolerance:g}: expected 0 or more")
-    loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
-    with _written_whole(Path(out)) as folder:
-        unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
-        _run_passes(unit, passes, progress or (lambda *_: None))
+    with _uncollected():
+        loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
+        with _written_whole(Path(out)) as folder:
+            unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
+            _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
 
 
@@ -119,6 +121,18 @@ def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) 
     folder.mkdir(exist_ok=True)
     record = {"pass": name, "summary": dict(summary), **stage_record(unit)}
     (folder / f"{number}-{name.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Have Python not look for unused cycles meanwhile: that takes as long as all objects of the caller are many."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -211,13 +225,6 @@ def _move_into_place(folder: Path, out: Path) -> None:
         earlier.rename(out)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _known_scheme(mapping: str) -> Scheme:
-    for scheme in SCHEMES:
-        if scheme == mapping:
-            return scheme
-    raise ConfigError(f"mapping '{mapping}': no such scheme{did_you_mean(mapping, SCHEMES)}")
 
 
 def _known_scale(scale: str) -> Literal["tensor", "channel"]:

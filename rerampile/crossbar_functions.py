@@ -20,6 +20,7 @@ from rerampile.graph import GraphNode
 from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without
 from rerampile.schemes import Coding
+from rerampile.weight_slots import slot_of
 
 __all__ = ["DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
 
@@ -122,8 +123,8 @@ class FunctionLibrary:
         """
         body, actual = _Body(max((o.version for o in self._opset_imports), default=1)), []
         formals: dict[int, str] = {}
-        zero_points = _INTEGER_WEIGHT_ZERO_POINTS.get(node.op, {})
-        replaced = {zero_points.get(slot) for slot in weights} | ({2} if bias is not None else set())
+        # The cells hold weights from which their zero point is subtracted already.
+        replaced = {slot_of(node, slot).zero_point for slot in weights} | ({2} if bias is not None else set())
         for slot, name in enumerate(node.proto.input):
             if slot in weights:
                 formals[slot] = _weight(body, weights[slot], "" if len(weights) == 1 else f"w{slot}_")
@@ -305,14 +306,6 @@ def _qlinear_matmul(body: _Body, node: GraphNode, formals: Mapping[int, str], re
     factor = body.op("Mul", [scale, _scale(body, formals, 4)], "factor")
     _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
 
-
-# The zero point of each weight slot: the cells hold weights from which it is subtracted already.
-_INTEGER_WEIGHT_ZERO_POINTS: dict[str, dict[int, int]] = {
-    "ConvInteger": {1: 3},
-    "MatMulInteger": {0: 2, 1: 3},
-    "QLinearConv": {3: 5},
-    "QLinearMatMul": {0: 2, 3: 5},
-}
 
 _BODIES: dict[str, Callable[[_Body, GraphNode, Mapping[int, str], Sequence[str]], None]] = {
     "ConvInteger": _integer("Conv", lambda formals: False),

@@ -150,6 +150,8 @@ def _move_digital_tensors(unit: Unit, model: onnx.ModelProto) -> None:
     """Give digital tensors that were external, or are too many to carry, a file of their own."""
     tensors = [t for graph in iter_graphs(model.graph) for t in graph.initializer]
     digital = [t for t in tensors if not _in_conductances(t)]
+    for tensor in digital:
+        unit.model.put_back(tensor)
     inline = sum(len(t.raw_data) for t in digital)
     moved = [t for t in digital if t.data_location == TensorProto.EXTERNAL or (inline > _INLINE_LIMIT and t.raw_data)]
     moved = [t for t in moved if stores(helper.tensor_dtype_to_np_dtype(t.data_type))]

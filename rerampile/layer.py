@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,10 +83,17 @@ class Layer:
 
     def original_matrix(self, graph: ModelGraph) -> Floats:
         """Return the weights as the model's file holds them, float32 [groups * outputs, inputs]."""
+        return self.view.matrix(self._original_tensor(graph))
+
+    def original_rows(self, graph: ModelGraph) -> Callable[[slice], Floats]:
+        """Return a reader of some rows of :meth:`original_matrix`."""
+        return self.view.rows(self._original_tensor(graph))
+
+    def _original_tensor(self, graph: ModelGraph) -> Floats:
         weights = graph.read(self.tensor)
         if self.zero_point is not None:
             weights = weights - graph.read(self.zero_point).reshape(self.zero_point_shape)
-        return self.view.matrix(weights)
+        return weights
 
     def matrix(self, graph: ModelGraph) -> Floats:
         """Return the weights that the crossbar is to hold, folds included, float32 [groups * outputs, inputs]."""

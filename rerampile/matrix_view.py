@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,20 @@ class MatrixView:
 
     def matrix(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a weight tensor (or a mask of its shape) as [groups * outputs, inputs], contiguous."""
+        return np.ascontiguousarray(self._stored(tensor)).reshape(self.shape)
+
+    def rows(self, tensor: npt.NDArray[Any]) -> Callable[[slice], npt.NDArray[Any]]:
+        """Return a reader of some rows of :meth:`matrix`, contiguous and aligned; a plain transpose is never whole."""
+        axes = self._stored(tensor)
+        if self.permutation is None or axes.ndim > 2:
+            matrix = np.ascontiguousarray(axes).reshape(self.shape)
+            return lambda rows: np.require(matrix[rows], requirements=["C", "A"])
+        # Columns of a large tensor lie so that few of them fit a cache at once: they are brought together first.
+        return lambda rows: np.require(np.ascontiguousarray(axes[rows].T).T, requirements=["C", "A"])
+
+    def _stored(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         axes = tensor.reshape(self.permuted_shape)
-        if self.permutation is not None:
-            axes = axes.transpose(np.argsort(self.permutation))
-        return np.ascontiguousarray(axes).reshape(self.shape)
+        return axes if self.permutation is None else axes.transpose(np.argsort(self.permutation))
 
     def tensor(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return [groups * outputs, inputs] as the weight tensor; the inverse of :meth:`matrix`."""

@@ -1,6 +1,6 @@
 """Reading ONNX model files that may be large, damaged or hostile.
 
-Weights stay where they are until someone asks for them: tensors inside the file are read from the parsed message,
+Weights stay where they are until someone asks for them: large initializers are windows into the file's bytes, and
 external ones are memory-mapped from the model's own folder, and from nowhere else.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ import onnx.shape_inference
 import onnx.version_converter
 from onnx import numpy_helper
 
+from rerampile.background import in_background
+from rerampile.detach import without_large_data
 from rerampile.errors import ModelError, UnsupportedModelError
 from rerampile.tensor_file import TensorSpec
 
@@ -34,11 +37,13 @@ __all__ = [
     "external_entries",
     "external_tensor",
     "file_sha256",
+    "hash_on_disk",
     "iter_graphs",
     "load_model_file",
 ]
 
 _PROTOBUF_LIMIT = 2**31 - 1
+_OWN_DATA = "\0"  # location of data that lie in the model file itself: no path can have this name
 OLDEST_OPSET = 7
 
 
@@ -50,9 +55,9 @@ class ModelFile:
         proto: The parsed model; external tensors are not loaded. Model-local functions are inlined.
         name: Name for messages and for the plan: the file's name, or the graph's where there is no file.
         folder: Where external data may lie, or None for a model that came as an object.
-        sha256: Hash of the model file (of the serialised message where there is no file).
         size: Bytes of the model file, external data included.
-        external: sha256 of each external data file, keyed by its location.
+        data: Bytes of the model file, into which large initializers of ``proto`` are windows; empty where none is.
+        hashing: The hashes of the model file and of its external data files, while they are computed.
         inlined_functions: How many model-local functions were inlined.
         converted_from_opset: The operator set that the user's file imports, where it was too old and converted up.
     """
@@ -60,11 +65,25 @@ class ModelFile:
     proto: onnx.ModelProto = field(repr=False)
     name: str
     folder: Path | None
-    sha256: str
     size: int
-    external: dict[str, str] = field(default_factory=dict)
+    data: memoryview = field(default=memoryview(b""), repr=False)
+    hashing: Future[tuple[str, dict[str, str]]] | None = field(default=None, repr=False)
     inlined_functions: int = 0
     converted_from_opset: int | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the model file (of the serialised message where there is no file)."""
+        return self._hashes[0]
+
+    @property
+    def external(self) -> dict[str, str]:
+        """Hash of each external data file, keyed by its location."""
+        return self._hashes[1]
+
+    @property
+    def _hashes(self) -> tuple[str, dict[str, str]]:
+        return ("", {}) if self.hashing is None else self.hashing.result()
 
     @property
     def opset(self) -> int:
@@ -77,21 +96,36 @@ class ModelFile:
         return None if self.folder is None else self.folder / self.name
 
     def array(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
-        """Return the values of ``tensor``, read-only where they lie in an external file."""
+        """Return the values of ``tensor``, read-only (and not always aligned) where they lie in a file."""
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)
         location, offset, length = external_entries(tensor, self.name)
         if length == 0:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             return np.zeros(tuple(tensor.dims), dtype)
-        with _inside(self.folder, location, tensor, self.name).open("rb") as file:
-            start = offset - offset % mmap.ALLOCATIONGRANULARITY
-            view = mmap.mmap(file.fileno(), length + offset - start, access=mmap.ACCESS_READ, offset=start)
-        raw = np.frombuffer(view, np.uint8, length, offset - start)
+        if self.is_window(tensor):
+            raw = np.frombuffer(self.data, np.uint8, length, offset)
+        else:
+            with _inside(self.folder, location, tensor, self.name).open("rb") as file:
+                start = offset - offset % mmap.ALLOCATIONGRANULARITY
+                view = mmap.mmap(file.fileno(), length + offset - start, access=mmap.ACCESS_READ, offset=start)
+            raw = np.frombuffer(view, np.uint8, length, offset - start)
         if tensor.data_type in _PACKED:
             filled = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw.tobytes())
             return numpy_helper.to_array(filled)
         return raw.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+
+    def put_back(self, tensor: onnx.TensorProto) -> None:
+        """Give a copy of an initializer that is a window into the model file its data again; leave others alone."""
+        if self.is_window(tensor):
+            _, offset, length = external_entries(tensor, self.name)
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+            tensor.raw_data = bytes(self.data[offset : offset + length])
+
+    def is_window(self, tensor: onnx.TensorProto) -> bool:
+        """Whether the data of an initializer lie in :attr:`data`."""
+        return any(entry.key == "location" and entry.value == _OWN_DATA for entry in tensor.external_data)
 
 
 # Types of less than a byte: their elements share bytes, so the buffer is no array yet.
@@ -119,8 +153,8 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
             proto=model,
             name=model.graph.name or "model",
             folder=None,
-            sha256=hashlib.sha256(data).hexdigest(),
             size=len(data),
+            hashing=in_background(_hashes, memoryview(data), {}),
         )
     else:
         found = _read(Path(model))
@@ -139,6 +173,8 @@ def load_model_file(model: str | Path | onnx.ModelProto) -> ModelFile:
     except UnicodeDecodeError as error:
         raise ModelError(f"{found.name}: a text in it is not UTF-8; the file is damaged") from error
     if found.opset < OLDEST_OPSET:
+        for tensor in found.proto.graph.initializer:
+            found.put_back(tensor)
         found = replace(found, proto=_convert_up(found), converted_from_opset=found.opset)
     if found.proto.functions:
         found = replace(found, proto=_inline_functions(found), inlined_functions=len(found.proto.functions))
@@ -154,27 +190,29 @@ def _read(path: Path) -> ModelFile:
             raise ModelError(
                 f"{path}: {size} bytes, more than the 2 GiB that an ONNX file can hold; save it with external data"
             )
-        data = path.read_bytes()
+        data = np.fromfile(path, np.uint8).data
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     proto = onnx.ModelProto()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        hashing = pool.submit(hashlib.sha256, data)  # while the parser works
-        try:
-            proto.ParseFromString(data)
-        except google.protobuf.message.DecodeError as error:
-            raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
-        digest = hashing.result().hexdigest()
-    del data
-    found = ModelFile(proto=proto, name=path.name, folder=path.parent, sha256=digest, size=size)
+    parsed = without_large_data(data, _OWN_DATA, _byte_size)
+    try:
+        proto.ParseFromString(bytes(parsed))
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(f"{path}: not an ONNX model, or a truncated one: protobuf cannot parse it") from error
+    windows = memoryview(b"") if parsed is data else data
+    found = ModelFile(proto=proto, name=path.name, folder=path.parent, size=size, data=windows)
     locations: dict[str, Path] = {}
     for tensor in _all_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and not found.is_window(tensor):
             location = external_entries(tensor, path.name)[0]
             locations[location] = _inside(path.parent, location, tensor, path.name)
-    external = {location: file_sha256(file) for location, file in sorted(locations.items())}
     total = size + sum(file.stat().st_size for file in locations.values())
-    return replace(found, size=total, external=external)
+    return replace(found, size=total, hashing=in_background(_hashes, data, locations))
+
+
+def _hashes(data: memoryview, external: Mapping[str, Path]) -> tuple[str, dict[str, str]]:
+    """Return the sha256 of a model file's bytes, and of each external data file by its location."""
+    return hashlib.sha256(data).hexdigest(), {where: file_sha256(file) for where, file in sorted(external.items())}
 
 
 def external_entries(tensor: onnx.TensorProto, where: str) -> tuple[str, int, int]:
@@ -212,8 +250,8 @@ def _inside(folder: Path | None, location: str, tensor: onnx.TensorProto, where:
         raise ModelError(
             f"{where}: tensor '{tensor.name}' has external data, but the model came without a folder; pass its path"
         )
-    file = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not file.is_relative_to(folder.resolve()):
+    file = (folder / location.replace("\0", "")).resolve()
+    if not location or "\0" in location or Path(location).is_absolute() or not file.is_relative_to(folder.resolve()):
         raise ModelError(
             f"{where}: tensor '{tensor.name}': external data at '{location}', outside the model's folder; "
             f"expected a relative path that stays inside it"
@@ -287,7 +325,9 @@ def _check_tensors(model: ModelFile) -> None:
     """Refuse tensors whose data do not fill their shape, before anything takes memory for them."""
     for tensor in _all_tensors(model.proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _inside(model.folder, external_entries(tensor, model.name)[0], tensor, model.name)
+            location, offset, length = external_entries(tensor, model.name)
+            if not model.is_window(tensor) or offset + length > len(model.data):
+                _inside(model.folder, location, tensor, model.name)
             continue
         found, expected, unit = _data_count(tensor)
         if found != expected:
@@ -415,6 +455,13 @@ def _attribute_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
+
+
+def hash_on_disk(path: Path) -> str:
+    """Bring a file to the disk and return its sha256 as hexadecimal digits."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_sha256(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -48,7 +48,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Range = Annotated[tuple[Count, Count], Meta(description="half-open: [first, one past the last)")]
 
 
-class _Record(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class _Record(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """A part of the plan; unknown fields are refused."""
 
 

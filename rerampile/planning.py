@@ -17,7 +17,6 @@ from rerampile.plan import (
     ArrayPlan,
     Conventions,
     DigitalPlan,
-    FileRecord,
     FoldPlan,
     LayerPlan,
     MaskPlan,
@@ -33,12 +32,11 @@ from rerampile.version import __version__
 __all__ = ["plan_of"]
 
 
-def plan_of(unit: Unit, files: Mapping[str, FileRecord], mean_conductance: Mapping[str, float]) -> Plan:
-    """Return the plan of a compilation, but for its verification and the hashes of decoded weights.
+def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
+    """Return the plan of a compilation, but for its verification, its files and the hashes of decoded weights.
 
     Args:
         unit: The compilation, up to *allocate*.
-        files: The files written so far.
         mean_conductance: Mean conductance over each layer's cells tensor, siemens.
     """
     proto = unit.model.proto
@@ -62,7 +60,7 @@ def plan_of(unit: Unit, files: Mapping[str, FileRecord], mean_conductance: Mappi
         target=unit.target.to_dict(),
         options=_options(unit),
         conventions=Conventions(),
-        files=dict(sorted(files.items())),
+        files={},
         totals=_totals(unit, placed),
         layers=[_layer_plan(unit, layer, placed[layer.name][1]) for layer in unit.layers],
         digital=[

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -31,7 +31,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "row_chunks"]
+from rerampile.errors import ConfigError, did_you_mean
+
+__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "known_scheme", "row_chunks"]
 
 Scheme = Literal["two_column", "differential", "offset", "balanced"]
 SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
@@ -41,6 +43,18 @@ Floats = npt.NDArray[np.float32]
 
 _CHUNK = 1 << 16  # weights handled at a time: a chunk and its temporaries stay in the second-level cache
 TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
+
+
+def known_scheme(name: str) -> Scheme:
+    """Return the scheme of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for scheme in SCHEMES:
+        if scheme == name:
+            return scheme
+    raise ConfigError(f"mapping '{name}': no such scheme{did_you_mean(name, SCHEMES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,25 +156,29 @@ class Coding:
         safe = np.where(full_scale > 0, full_scale, 1.0).astype(np.float64)
         return np.maximum(safe / self.span, np.finfo(np.float32).tiny).astype(np.float32)
 
-    def holds_integers(self, weights: Array) -> bool:
-        """Whether whole-numbered ``weights`` fit as they are, one step a unit, so that they are held exactly."""
-        if not self.integer or weights.size == 0:
+    def holds_integers(self, smallest: float, largest: float) -> bool:
+        """Whether whole numbers from ``smallest`` to ``largest`` fit as they are, one step a unit: held exactly."""
+        if not self.integer:
             return False
         if self.scheme == "offset":
-            return bool(weights.min() >= self.low - self.reference and weights.max() <= self.high - self.reference)
-        return bool(max(-float(weights.min()), float(weights.max())) <= self.steps)
+            return smallest >= self.low - self.reference and largest <= self.high - self.reference
+        return max(-smallest, largest) <= self.steps
 
-    def encode(self, weights: Floats, gain: Floats) -> Array:
+    def encode(self, weights: Floats, gain: Floats, out: Array | None = None) -> Array:
         """Return the cells of ``weights`` as [slices, cells, outputs, inputs] in :attr:`dtype`.
 
         Args:
             weights: float32 [outputs, inputs], finite.
             gain: float32 [outputs].
+            out: Where to write the cells, or None for a new array.
         """
-        out = np.empty((self.slices, self.cells, *weights.shape), self.dtype)
-        encode = self._encode_analog if self.levels is None else self._encode_levels
+        out = np.empty((self.slices, self.cells, *weights.shape), self.dtype) if out is None else out
         for rows in row_chunks(weights.shape):
-            encode(weights[rows] / gain[rows, None], out[:, :, rows])
+            part = out[:, :, rows]
+            if self.levels is None:
+                self._encode_analog(np.divide(weights[rows], gain[rows, None], out=part[0, -1]), part)
+            else:
+                self._encode_levels(weights[rows] / gain[rows, None], part)
         return out
 
     def decode(self, cells: Array, gain: Floats) -> Floats:
@@ -218,7 +236,10 @@ class Coding:
         return self.encode(np.zeros((1, 1), np.float32), np.ones(1, np.float32))[:, :, 0, 0]
 
     def _encode_analog(self, difference: Floats, out: Array) -> None:
-        """Write the pair of siemens of ``difference`` [rows, inputs] into ``out`` [1, cells, rows, inputs]."""
+        """Write the pair of siemens of ``difference`` [rows, inputs] into ``out`` [1, cells, rows, inputs].
+
+        The difference lies where the last cell is to be, so that a chunk takes no memory beside its cells.
+        """
         off, on = np.float32(self.low), np.float32(self.high)
         plus, minus = out[0, 0], out[0, -1]
         if self.scheme == "two_column":
@@ -302,8 +323,7 @@ class Coding:
         return np.searchsorted((self._values[1:] + self._values[:-1]) / 2, target).astype(np.int64)
 
 
-def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield slices of the rows of a matrix that hold few enough elements to stay in a processor's cache."""
+def row_chunks(shape: tuple[int, ...]) -> list[slice]:
+    """Return slices of the rows of a matrix that hold few enough elements to stay in a processor's cache."""
     step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

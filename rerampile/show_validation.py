@@ -56,17 +56,25 @@ def show_comparison(out: Console, report: ComparisonReport, page: Path) -> None:
         ("clean", "right"),
         *((f"at {rate:.6g}", "right") for rate in rates),
     )
-    for validation in report.validations:
+    better = new_table(
+        (f"better than {printable(report.validations[0].name)}", "left"),
+        *((f"at {rate:.6g}", "right") for rate in rates),
+        ("same cells", "right"),
+    )
+    for compared, validation in zip(report.compared, report.validations, strict=True):
         found = [rate.metrics[report.metric] for rate in validation.rates]
         cells = (f"{m.drop:.2f} ± {_half_width(m.drop_interval) or '–'}" for m in found)
         drops.add_row(printable(validation.name), f"{validation.clean[report.metric]:.2f}", *cells)
+        if compared.differences:
+            pairs = (f"{d.mean:+.2f} ± {_half_width(d.interval) or '–'}" for d in compared.differences)
+            better.add_row(printable(validation.name), *pairs, "yes" if compared.same_cells else "no")
     heads = ("tolerated rate", "95 % interval", "times", "95 % interval")
     tolerated = new_table((f"at a drop of {report.drop:g}", "left"), *((head, "right") for head in heads))
     for compared, validation in zip(report.compared, report.validations, strict=True):
         times = ("1", "") if compared.times is None else (known_text(compared.times), _ends(compared.times))
         tolerated.add_row(printable(validation.name), known_text(compared.tolerated), _ends(compared.tolerated), *times)
-    print_parts(out, drops)
-    print_parts(out, tolerated)
+    for table in (drops, better, tolerated):
+        print_parts(out, table)
     chips = min(rate.metrics[report.metric].chips for v in report.validations for rate in v.rates)
     known = [
         ("chips", f"{chips:,}"),

@@ -14,10 +14,12 @@ import mmap
 import operator
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +27,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.background import in_background
 from rerampile.errors import InternalError, PlanFormatError
 
 __all__ = ["TensorFile", "TensorSpec", "TensorWriter"]
@@ -46,7 +49,7 @@ _DTYPES: dict[str, Any] = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 64
-_HASH_CHUNK = 1 << 20
+_HASH_CHUNK = 1 << 24  # a multiple of the page size; it is given back when it is hashed
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -76,13 +79,21 @@ def stores(dtype: npt.DTypeLike) -> bool:
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor and hashes it on the way.
+    """Writes a safetensors file tensor by tensor, in any order and from any thread.
+
+    The file is hashed on the way and brought to the disk once it is whole, both in the background.
 
     Args:
         path: The file, which must not exist.
-        tensors: Name, dtype and shape of each tensor. They are laid out, and must be written, in the order of
-            :attr:`specs`: wider types first (so that all are aligned), then as given.
+        tensors: Name, dtype and shape of each tensor. They are laid out in the order of :attr:`specs`: wider types
+            first (so that all are aligned), then as given. To be hashed early, they are best written in that order.
         metadata: Strings for the header.
+        lasting: Whether the file is to stay: one that is not is neither hashed nor brought to the disk.
+
+    Attributes:
+        path: The file.
+        specs: Where each tensor lies.
+        sha256: Hash of the file, done once the file is whole and on the disk; empty for a file that is not to stay.
     """
 
     def __init__(
@@ -90,6 +101,8 @@ class TensorWriter:
         path: Path,
         tensors: Iterable[tuple[str, npt.DTypeLike, tuple[int, ...]]],
         metadata: Mapping[str, str],
+        *,
+        lasting: bool = True,
     ) -> None:
         ordered = sorted(((n, np.dtype(d), s) for n, d, s in tensors), key=lambda t: -t[1].itemsize)
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -106,31 +119,35 @@ class TensorWriter:
             name: TensorSpec(dtype=dtype, shape=shape, offset=base + header[name]["data_offsets"][0])
             for name, dtype, shape in ordered
         }
-        self._waiting = list(reversed(self.specs))
-        self._hash = hashlib.sha256()
-        self._hashed = 0
+        self._lock = threading.Lock()
+        self._unwritten = dict.fromkeys(self.specs)
+        self._whole_up_to = SimpleQueue[int | None]()  # None: all is written, or never will be
         self._file = path.open("x+b", buffering=0)
-        self._worker = ThreadPoolExecutor(max_workers=1)  # hashes what is written while more is computed
-        self._pending: list[Future[None]] = []
+        self._file.truncate(base + position)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._put(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8), 0)
-        self._hash_up_to(base)
+        self._whole_up_to.put(base)
+        self._on_disk: Future[None] | None = None
+        self._lasting = lasting
+        self.sha256: Future[str] = in_background(self._hash)
 
     def write(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Write the next tensor."""
-        spec = self._next(name)
+        """Write a tensor."""
+        spec = self._announced(name)
         if values.shape != spec.shape or values.dtype != spec.dtype:
             raise InternalError(f"{self.path}: tensor '{name}' is {values.dtype} {values.shape}, not as announced")
         self._put(values, spec.offset)
-        self._hash_up_to(spec.offset + spec.nbytes)
+        self._written(name)
 
     def write_rows(self, name: str, blocks: Iterable[tuple[slice, npt.NDArray[Any]]]) -> None:
-        """Write the next tensor, [..., rows, columns], from blocks of its rows, so that it is never held as a whole.
+        """Write a tensor, [..., rows, columns], from blocks of its rows, so that it is never held as a whole.
 
         Args:
             name: The tensor.
-            blocks: A range of rows and its values, [..., rows of the range, columns]; together they are all rows.
+            blocks: A range of rows and its values, [..., rows of the range, columns]; together they are all rows. The
+                values are not needed any more when the next block is asked for.
         """
-        spec, written = self._next(name), 0
+        spec, written = self._announced(name), 0
         row_bytes = spec.shape[-1] * spec.dtype.itemsize
         for rows, values in blocks:
             for plane, part in enumerate(values.reshape(-1, *values.shape[-2:])):
@@ -138,11 +155,11 @@ class TensorWriter:
             written += values.nbytes
         if written != spec.nbytes:
             raise InternalError(f"{self.path}: tensor '{name}' has {written} bytes of rows, not as announced")
-        self._hash_up_to(spec.offset + spec.nbytes)
+        self._written(name)
 
-    def _next(self, name: str) -> TensorSpec:
-        if self._waiting.pop() != name:
-            raise InternalError(f"{self.path}: tensor '{name}' written out of order")
+    def _announced(self, name: str) -> TensorSpec:
+        if name not in self._unwritten:
+            raise InternalError(f"{self.path}: tensor '{name}' was not announced, or is written twice")
         return self.specs[name]
 
     def _put(self, data: npt.ArrayLike, offset: int) -> None:
@@ -151,28 +168,32 @@ class TensorWriter:
             done = os.pwrite(self._file.fileno(), rest, offset)
             rest, offset = rest[done:], offset + done
 
-    def _hash_up_to(self, end: int) -> None:
-        self._pending.append(self._worker.submit(self._read_and_hash, end))
+    def _written(self, name: str) -> None:
+        with self._lock:
+            del self._unwritten[name]
+            first = next(iter(self._unwritten), None)
+            self._whole_up_to.put(len(self._map) if first is None else self.specs[first].offset)
 
-    def _read_and_hash(self, end: int) -> None:
-        buffer = memoryview(bytearray(min(_HASH_CHUNK, end - self._hashed)))
-        while self._hashed < end:
-            done = os.preadv(self._file.fileno(), [buffer[: end - self._hashed]], self._hashed)
-            if done == 0:
-                raise OSError(f"{self.path}: became shorter while it was written")
-            self._hash.update(buffer[:done])
-            self._hashed += done
+    def _hash(self) -> str:
+        """Hash what is whole, while more is written, until nothing more comes; then wait for the disk."""
+        if not self._lasting:
+            return ""
+        digest, start = hashlib.sha256(), 0
+        with memoryview(self._map) as view:
+            for whole in iter(self._whole_up_to.get, None):
+                while start < whole:
+                    end = min(whole, start - start % _HASH_CHUNK + _HASH_CHUNK)
+                    digest.update(view[start:end])
+                    if end % _HASH_CHUNK == 0:
+                        self._map.madvise(mmap.MADV_DONTNEED, end - _HASH_CHUNK, _HASH_CHUNK)
+                    start = end
+        if self._on_disk is not None:
+            self._on_disk.result()
+        return digest.hexdigest()
 
-    def _wait(self) -> None:
-        for pending in self._pending:
-            pending.result()
-        self._pending.clear()
-
-    @property
-    def sha256(self) -> str:
-        """Hash of what was written so far."""
-        self._wait()
-        return self._hash.hexdigest()
+    def _sync(self) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -180,18 +201,21 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                self._wait()
-        finally:
-            self._worker.shutdown(cancel_futures=True)
+        if self._lasting and error is None and not self._unwritten:
+            self._on_disk = in_background(self._sync)
+        else:
             self._file.close()
-        if error is None and self._waiting:
-            raise InternalError(f"{self.path}: tensor '{self._waiting[-1]}' was never written")
+        self._whole_up_to.put(None)
+        if error is None and self._unwritten:
+            raise InternalError(f"{self.path}: tensor '{next(iter(self._unwritten))}' was never written")
 
 
 class TensorFile:
     """A safetensors file that outsiders may have touched, mapped into memory read-only.
+
+    Attributes:
+        metadata: Strings of the header, by name.
+        specs: Where each tensor lies.
 
     Raises:
         PlanFormatError: It is missing, truncated, or its header does not describe it.
@@ -214,6 +238,9 @@ class TensorFile:
                 raise
             raise PlanFormatError(f"{path}: not a safetensors file: its header is not JSON") from error
         self.specs = self._parse(header, length + 8, size)
+        metadata = header.get("__metadata__")
+        entries = metadata.items() if isinstance(metadata, dict) else ()
+        self.metadata = {name: text for name, text in entries if isinstance(text, str)}
 
     def _parse(self, header: Any, base: int, size: int) -> dict[str, TensorSpec]:
         if not isinstance(header, dict):

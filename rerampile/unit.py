@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -95,6 +96,7 @@ class Unit:
         regions: Parts of matrices that take no cells, filled by *allocate*.
         arrays_without_pruning: Filled by *allocate*.
         arrays_before_packing: Filled by *allocate*.
+        hashes: sha256 of each file of the folder, done once it is whole and on the disk; filled by *emit*.
         plan: Filled by *emit*, completed by *verify*.
     """
 
@@ -111,6 +113,7 @@ class Unit:
     regions: tuple[Region, ...] = ()
     arrays_without_pruning: int = 0
     arrays_before_packing: int = 0
+    hashes: Mapping[str, Future[str]] = field(default_factory=dict)
     plan: Plan | None = None
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
@@ -119,12 +122,13 @@ class Unit:
 
     def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
         """Return a reader of some rows of :meth:`weights`, which folds and prunes those rows alone."""
-        matrix, mask = layer.original_matrix(self.graph), self.masks.get(layer.name)
+        original, mask = layer.original_rows(self.graph), self.masks.get(layer.name)
         factor = layer.fold_factor()
-        factors = None if factor is None else np.broadcast_to(factor, matrix.shape)
+        factors = None if factor is None else np.broadcast_to(factor, layer.view.shape)
 
         def read(rows: slice) -> npt.NDArray[np.float32]:
-            part = matrix[rows] if factors is None else np.multiply(matrix[rows], factors[rows], dtype=np.float32)
+            part = original(rows)
+            part = part if factors is None else np.multiply(part, factors[rows], dtype=np.float32)
             return part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
 
         return read

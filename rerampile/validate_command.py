@@ -18,7 +18,7 @@ from rerampile.chip_options import (
     seed_option,
 )
 from rerampile.chips_progress import chips_progress
-from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.command import PATH, examples, json_option, print_json, refuse_given, report_folder
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["validate"]
 
 _UNMET = 3  # exit code: a requirement does not hold
+_OF_DRAWN_CHIPS = ("rates", "off_on", "stuck_off", "stuck_on", "rate_unit", "distribution", "runs")
 
 
 @click.command(
@@ -83,6 +84,8 @@ def validate(
     from rerampile.runtime.validation import Requirement
     from rerampile.runtime.validation import validate as run_validation
 
+    if fault_map is not None:
+        refuse_given(ctx, _OF_DRAWN_CHIPS, "the chips of --fault-map are not drawn; leave one of the two out")
     experiment = Experiment(
         folder=folder,
         faults=() if fault_map is not None else faults,
@@ -94,8 +97,7 @@ def validate(
         **execution,
     )
     requirements = [Requirement.parse(text) for text in required]
-    place = out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation")
-    place.mkdir(parents=True, exist_ok=True)
+    place = report_folder(out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation"))
     with chips_progress(quiet) as progress:
         report = run_validation(
             experiment,

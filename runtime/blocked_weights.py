@@ -24,7 +24,7 @@ from rerampile.deployment import Deployment
 from rerampile.onnx_file import ModelFile, iter_graphs
 from rerampile.plan import LayerPlan
 from rerampile.runtime.plain_model import PlainModel, weight_options
-from rerampile.runtime.session import open_session
+from rerampile.runtime.session import open_session, release_memory
 from rerampile.runtime.weight_buffers import Place, WeightBuffers, tensor_place
 
 __all__ = ["BlockedModel", "NotApplicableError", "blocked_model"]
@@ -65,7 +65,9 @@ def blocked_model(deployment: Deployment, plain: PlainModel) -> BlockedModel:
     numbering = _Numbering.of(deployment.plan.layers)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as negative_folder:
         found = _sorted(_optimised(deployment, plain, numbering, 0, Path(folder)), numbering, 0)
+        release_memory()
         other = _sorted(_optimised(deployment, plain, numbering, _SIGN, Path(negative_folder)), numbering, _SIGN)
+        release_memory()
         if found.digests != other.digests or found.operators != other.operators:
             raise NotApplicableError("ONNX Runtime's optimised graph holds more of the weights than the weights")
     missing = set(range(len(numbering.layers))) - {place.layer for place in found.places}
@@ -102,7 +104,7 @@ def _optimised(deployment: Deployment, plain: PlainModel, numbering: _Numbering,
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "256")
     open_session(plain.proto.SerializeToString(), options)
     proto = onnx.load_model(path, load_external_data=False)
-    return ModelFile(proto=proto, name=path.name, folder=folder, sha256="", size=0)
+    return ModelFile(proto=proto, name=path.name, folder=folder, size=0)
 
 
 @dataclass(frozen=True)

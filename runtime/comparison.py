@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 
+from rerampile.checks import check_checksums
+from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError
 from rerampile.runtime.metrics import LOWER_IS_BETTER
 from rerampile.runtime.statistics import Interval, t_interval
 from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
 from rerampile.runtime.validation import ValidationReport
 
-__all__ = ["Compared", "ComparisonReport", "Difference", "Known", "compare"]
+__all__ = ["Compared", "ComparisonReport", "Difference", "Known", "check_alike", "check_drop", "compare"]
 
 
 class Known(msgspec.Struct, kw_only=True, frozen=True):
@@ -86,6 +90,42 @@ class ComparisonReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     validations: list[ValidationReport]
 
 
+def check_drop(drop: float) -> None:
+    """Refuse a drop at which nothing can be compared.
+
+    Raises:
+        ConfigError: It is not above 0.
+    """
+    if not drop > 0:
+        raise ConfigError(f"--drop {drop:g}: expected more than 0 points")
+
+
+def check_alike(folders: Sequence[Path]) -> None:
+    """Refuse deployments that cannot be compared, before any work is done.
+
+    Raises:
+        PlanFormatError: One is no deployment, or damaged.
+        ConfigError: Their models have other inputs or outputs.
+    """
+    signatures = []
+    for folder in folders:
+        deployment = load_deployment(folder)
+        check_checksums(deployment)
+        graph = onnx.load_model(deployment.model_path, load_external_data=False).graph
+        signatures.append([_shape_text(value) for value in (*graph.input, *graph.output)])
+    for folder, signature in zip(folders, signatures, strict=True):
+        if signature != signatures[0]:
+            raise ConfigError(
+                f"{folder}: a model of {', '.join(signature)}, expected {', '.join(signatures[0])} as in {folders[0]}; "
+                f"compare deployments that take and give the same"
+            )
+
+
+def _shape_text(value: onnx.ValueInfoProto) -> str:
+    sizes = (d.dim_value if d.HasField("dim_value") else "?" for d in value.type.tensor_type.shape.dim)
+    return f"'{value.name}' [{', '.join(map(str, sizes))}]"
+
+
 def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> ComparisonReport:
     """Compare validations of several deployments, the first of which is the reference.
 
@@ -96,8 +136,7 @@ def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> Co
     Raises:
         ConfigError: They have nothing to compare, or the drop is not above 0.
     """
-    if not drop > 0:
-        raise ConfigError(f"--drop {drop:g}: expected more than 0 points")
+    check_drop(drop)
     if len(validations) < 2:
         raise ConfigError(f"{len(validations)} deployment to compare, expected two or more")
     reference, metric = validations[0], next(iter(validations[0].clean))

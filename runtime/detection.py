@@ -338,13 +338,10 @@ class DetectionMetric:
             scores={},
             indices=np.concatenate(self._indices) if self._indices else np.zeros(0, np.int64),
             non_finite=self._non_finite,
-            details={
-                "map50_by_class": {
-                    names[category]: float(value)
-                    for category, (value, _) in zip(categories, by_category, strict=True)
-                    if not math.isnan(value)
-                },
-                "detections": len(rows),
+            by_class={
+                names[category]: float(value)
+                for category, (value, _) in zip(categories, by_category, strict=True)
+                if not math.isnan(value)
             },
         )
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, FaultRunError
-from rerampile.runtime.blocked_weights import NotApplicableError, blocked_model, plain_buffers
+from rerampile.runtime.blocked_weights import BlockedModel, NotApplicableError, blocked_model, plain_buffers
 from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
 from rerampile.runtime.quantised import quantised_model
@@ -60,11 +60,13 @@ class Executor(Protocol):
     Attributes:
         method: ``fast`` or ``slow``.
         reason: Why this one, in words.
+        layout: Of the fast way: where the weights lie, for other processes of this machine.
         fidelity: Of int8; None in fp32.
     """
 
     method: str
     reason: str
+    layout: BlockedModel | None
     fidelity: Fidelity | None
 
     def run(self, inputs: Inputs) -> Outputs:
@@ -92,6 +94,7 @@ def open_executor(
     method: Method = "auto",
     threads: int | None = None,
     calibration: Sequence[Inputs] = (),
+    layout: BlockedModel | None = None,
 ) -> Executor:
     """Open a deployed model.
 
@@ -103,6 +106,8 @@ def open_executor(
         method: ``fast`` and ``slow`` insist; ``auto`` takes the fast way where it applies.
         threads: Threads inside an operator, or None for ONNX Runtime's choice.
         calibration: Inputs from which int8 learns the ranges of activations.
+        layout: Of an executor of the same deployment on this machine, where there is one: finding it takes time, and
+            for a moment four times the memory of the weights.
 
     Raises:
         ConfigError: The precision, the provider or the fast way does not exist here.
@@ -125,7 +130,7 @@ def open_executor(
             raise NotApplicableError(f"weights are laid out for the CPU, not for {provider}")
         if method == "auto":
             _prefer_fast(deployment)
-        return _FastExecutor(deployment, plain, threads)
+        return _FastExecutor(deployment, layout or blocked_model(deployment, plain), threads)
     except NotApplicableError as error:
         if method == "fast":
             raise ConfigError(f"{deployment.folder}: the fast way does not apply: {error}; use the slow one") from error
@@ -198,6 +203,7 @@ class _PatchedExecutor:
     """What both ways share: weights in buffers of their own, patched and restored."""
 
     method: str
+    layout: BlockedModel | None = None
     fidelity: Fidelity | None = None
 
     def __init__(self, deployment: Deployment, buffers: WeightBuffers, reason: str) -> None:
@@ -228,8 +234,8 @@ class _FastExecutor(_PatchedExecutor):
 
     method = "fast"
 
-    def __init__(self, deployment: Deployment, plain: PlainModel, threads: int | None) -> None:
-        blocked = blocked_model(deployment, plain)
+    def __init__(self, deployment: Deployment, blocked: BlockedModel, threads: int | None) -> None:
+        self.layout = blocked
         super().__init__(
             deployment, WeightBuffers(blocked.shapes, blocked.places), "every weight was found in the optimised graph"
         )

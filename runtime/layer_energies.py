@@ -8,7 +8,6 @@ a second companion on the inputs themselves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from rerampile.matrix_view import MatrixView
 from rerampile.onnx_file import copy_without, iter_graphs
 from rerampile.plan import LayerPlan
 from rerampile.runtime.faults import FaultModel
+from rerampile.runtime.layer_outputs import by_group_and_output
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.weight_errors import LayerErrors, OffsetSums
@@ -259,13 +259,4 @@ def _as_weight(op: str, slot: int, layer: LayerPlan, rows: npt.NDArray[np.float3
 
 def _rows(result: npt.NDArray[Any], companion: _Companion, layer: LayerPlan) -> npt.NDArray[Any]:
     """Return a companion's result as [groups, rows, images and positions]."""
-    if companion.op in ("Conv", "ConvTranspose"):
-        axes = [1]
-    else:
-        batch = layer.weight_shape[:-2]
-        of_vector = result.ndim < max(2, len(layer.weight_shape))  # MatMul drops the axis of a vector
-        last = result.ndim - (1 if of_vector else 2)
-        axes = [last - len(batch) + i for i, size in enumerate(batch) if size > 1]
-        axes.append(result.ndim - (2 if companion.slot == 0 and not of_vector else 1))
-    moved = np.moveaxis(result, axes, range(len(axes)))
-    return moved.reshape(layer.groups, math.prod(moved.shape[: len(axes)]) // layer.groups, -1)
+    return by_group_and_output(result, companion.op, companion.slot == 0, layer.weight_shape, layer.groups)

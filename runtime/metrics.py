@@ -37,14 +37,14 @@ class MetricResult:
         scores: Percent of each image by name, float32 [images], for the names where an image has a score of its own.
         indices: int64 [images], the images of the scores, in the order that they were seen.
         non_finite: Images with an output that is not finite; they are scored as wrong.
-        details: What else is worth a report, in terms of JSON.
+        by_class: The first value by class, where it has classes: the agreement by the clean model's class, and mAP.
     """
 
     values: dict[str, float]
     scores: dict[str, Scores]
     indices: npt.NDArray[np.int64]
     non_finite: int
-    details: dict[str, Any] = field(default_factory=dict)
+    by_class: dict[str, float] = field(default_factory=dict)
 
 
 class Metric(Protocol):
@@ -256,19 +256,19 @@ class Agreement:
         """Return both values, the score of each image, and the agreement by the clean model's class."""
         indices = _joined(self._indices)
         scores = {"output_error": _joined(self._errors)}
-        details: dict[str, Any] = {}
+        by_class: dict[str, float] = {}
         chosen = self._class_output()
         if chosen is not None:
             same = _joined(self._same)
             scores = {"top1_agreement": same, **scores}
             tops = np.array([self._clean[int(index)][chosen].argmax() for index in indices], np.int64)
-            details["agreement_by_class"] = {int(top): _mean(same[tops == top]) for top in np.unique(tops)}
+            by_class = {str(top): _mean(same[tops == top]) for top in np.unique(tops)}
         return MetricResult(
             values={name: _mean(score) for name, score in scores.items()},
             scores=scores,
             indices=indices,
             non_finite=self._non_finite,
-            details=details,
+            by_class=by_class,
         )
 
     def _class_output(self) -> int | None:

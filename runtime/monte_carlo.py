@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from rerampile.checks import check_checksums
 from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError, DataError
-from rerampile.files import CONDUCTANCES
+from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
+from rerampile.runtime.blocked_weights import BlockedModel
 from rerampile.runtime.data import (
     Dataset,
     ImageDataset,
@@ -36,11 +38,11 @@ from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
-from rerampile.runtime.session import open_session
+from rerampile.runtime.session import open_declared, release_memory
 from rerampile.runtime.workers import Workers
 from rerampile.version import __version__
 
-__all__ = ["Bench", "ChipResult", "Experiment", "experiment_record", "run_chips", "software_versions"]
+__all__ = ["Bench", "ChipResult", "Experiment", "Learned", "experiment_record", "run_chips", "software_versions"]
 
 _CALIBRATION_IMAGES = 64  # of which int8 learns ranges
 _CALIBRATION_BATCH = 8  # all activations of as many are in memory at once
@@ -66,7 +68,8 @@ class Experiment:
         seed: Seed of the faults and of the choice of images.
         provider: ONNX Runtime execution provider.
         precision: The arithmetic of the chips and of the fault-free model that they are compared with.
-        calibration: Data from which int8 learns the ranges of activations; None for ``data``, its split ``train``.
+        calibration: Data from which int8 learns the ranges of activations; None for the training images beside
+            ``data``, or ``data`` where it has no splits.
         skip_bad: Whether images that cannot be read are left out.
         first_image: Where to write the first image as the model sees it, or None.
     """
@@ -101,6 +104,7 @@ class ChipResult:
         stuck_off: Cells found stuck off.
         stuck_on: Cells found stuck on.
         non_finite: Images with an output that is not finite.
+        by_class: The first of the values by class, where it has classes.
     """
 
     run: int
@@ -111,6 +115,7 @@ class ChipResult:
     stuck_off: int
     stuck_on: int
     non_finite: int
+    by_class: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -136,40 +141,62 @@ class Calibration:
         return found.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a bench finds out when it is opened, and others of the same experiment on the same machine need not.
+
+    Attributes:
+        metric: The metric, with what it learned from the fault-free model.
+        clean: The fault-free score on all images.
+        layout: Where the weights lie in the optimised graph; None where it is not used.
+    """
+
+    metric: Metric
+    clean: MetricResult
+    layout: BlockedModel | None
+
+
 class Bench:
     """Everything that one process needs to measure chips, opened once.
 
     Args:
         experiment: What is measured.
-        learned: The metric and the fault-free score of another bench of the same experiment, to spare this one the
-            work.
+        learned: What another bench of the same experiment on this machine found out.
 
     Raises:
         RerampileError: The deployment, the data or the options do not fit together.
     """
 
-    def __init__(self, experiment: Experiment, learned: tuple[Metric, MetricResult] | None = None) -> None:
+    def __init__(self, experiment: Experiment, learned: Learned | None = None) -> None:
         self.experiment = experiment
         self.deployment = load_deployment(experiment.folder)
+        if learned is None:
+            check_checksums(self.deployment)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
-        session = open_session(self.deployment.model_path)
+        session = open_declared(self.deployment.model_path)
         self.data = self._open_data(experiment.data, session)
         self.calibration = self._open_calibration(session)
-        self.executor = self._open_executor(experiment.precision)
-        self.metric = open_metric(experiment.metric, self.data, session) if learned is None else learned[0]
+        self.executor = self._open_executor(experiment.precision, None if learned is None else learned.layout)
+        self.metric = open_metric(experiment.metric, self.data, session) if learned is None else learned.metric
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
             read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
         )
         del session
+        release_memory()
         if experiment.first_image is not None:
             if not isinstance(self.data, ImageDataset):
                 raise ConfigError(f"--first-image: {self.data.name} has no images; name a data set of images")
             write_first_image(self.data, experiment.first_image)
-        self.clean = self._learn() if learned is None else learned[1]
+        self.clean = self._learn() if learned is None else learned.clean
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
+
+    @property
+    def learned(self) -> Learned:
+        """What other benches of the experiment on this machine need not find out again."""
+        return Learned(metric=self.metric, clean=self.clean, layout=self.executor.layout)
 
     def _open_data(self, spec: str, session: Any, split: str = "test") -> Dataset:
         experiment = self.experiment
@@ -201,10 +228,14 @@ class Bench:
             more = "" if given else "; name other data with --calibration"
             raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
 
-    def _open_executor(self, precision: Precision) -> Executor:
+    def _open_executor(self, precision: Precision, layout: BlockedModel | None = None) -> Executor:
         inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
         return open_executor(
-            self.deployment, precision=precision, provider=self.experiment.provider, calibration=inputs
+            self.deployment,
+            precision=precision,
+            provider=self.experiment.provider,
+            calibration=inputs,
+            layout=layout,
         )
 
     def clean_in_fp32(self) -> dict[str, float]:
@@ -278,6 +309,7 @@ class Bench:
             stuck_off=found.stuck_off,
             stuck_on=found.stuck_on,
             non_finite=result.non_finite,
+            by_class=result.by_class,
         )
 
     def _clean_on(self, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
@@ -338,12 +370,12 @@ class _Chips:
     Attributes:
         experiment: What is measured.
         expected: What a worker elsewhere has to have alike: software and the experiment's record.
-        learned: The metric and the fault-free score of the bench; None where each worker finds out itself.
+        learned: What the bench found out; None where each worker does itself.
     """
 
     experiment: Experiment
     expected: Mapping[str, Any]
-    learned: tuple[Metric, MetricResult] | None = field(compare=False)
+    learned: Learned | None = field(compare=False)
 
     @classmethod
     def of(cls, bench: Bench) -> _Chips:
@@ -351,7 +383,7 @@ class _Chips:
         return cls(
             experiment=replace(bench.experiment, first_image=None),
             expected={**software_versions(), **experiment_record(bench)},
-            learned=(bench.metric, bench.clean),
+            learned=bench.learned,
         )
 
     def open(self) -> Callable[[tuple[int, int]], ChipResult]:
@@ -399,15 +431,19 @@ def software_versions() -> dict[str, str]:
 def experiment_record(bench: Bench) -> Mapping[str, Any]:
     """Return what makes results of two starts comparable, for the head of the journal."""
     experiment = bench.experiment
+    plan = bench.deployment.plan
     return {
-        "plan": placement_digest(bench.deployment.plan),
-        "conductances": bench.deployment.plan.files[CONDUCTANCES].sha256,
+        "plan": placement_digest(plan),
+        "target": hashlib.sha256(json.dumps(plan.target, sort_keys=True).encode()).hexdigest(),
+        "conductances": plan.files[CONDUCTANCES].sha256,
+        "model": plan.files[DEPLOYED].sha256,
         "fault_map": None if experiment.fault_map is None else _digest(experiment.fault_map),
         "data": bench.data.digest,
         "preprocessing": dataclasses.asdict(experiment.preprocessing),
         "metric": experiment.metric,
         "images": len(bench.images),
         "images_per_run": experiment.images_per_run,
+        "batch": experiment.batch,
         "seed": experiment.seed,
         "provider": experiment.provider,
         "precision": experiment.precision,

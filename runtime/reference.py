@@ -62,7 +62,7 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
     by_name: dict[str, Layer | TensorProto] = {names[layer.name]: layer for layer in unit.layers}
     by_name |= {t.name: t for t in carried}
     made: dict[str, TensorProto] = {}
-    with TensorWriter(folder / _WEIGHTS, storable, {}) as writer:
+    with TensorWriter(folder / _WEIGHTS, storable, {}, lasting=False) as writer:
         for name, spec in writer.specs.items():
             writer.write(name, _values(unit, by_name[name], weights))
             made[name] = external_tensor(name, _WEIGHTS, spec)

@@ -82,7 +82,9 @@ def known_text(known: Known) -> str:
     """Return an estimate in words."""
     if known.high is None:
         return f"more than {known.low:.3g}" if known.low else "not known"
-    return f"{known.low:.3g}" if known.low == known.high else f"less than {known.high:.3g}"
+    if known.low == known.high:
+        return f"{known.low:.3g}"
+    return f"{known.low:.3g} to {known.high:.3g}" if known.low else f"less than {known.high:.3g}"
 
 
 def _rates_caption(reports: Sequence[ValidationReport], metric: str) -> str:
@@ -102,6 +104,7 @@ def _page(report: ValidationReport | ComparisonReport, figures: Sequence[str], c
     for validation in validations:
         body.append(f"<h2>{html.escape(validation.label)}</h2>")
         body += [_requirements(validation), *(_metric_table(validation, name) for name in validation.clean)]
+        body.append(_class_table(validation))
     body += ["<h2>Chips, layers and arrays</h2>", *figures[1:], "<h2>How to repeat it</h2>"]
     body.append(f"<pre>{html.escape(command)}</pre>")
     body += [_facts(validation) for validation in validations]
@@ -123,8 +126,17 @@ def _comparison(report: ComparisonReport) -> list[str]:
     labels = {v.folder: v.label for v in report.validations}
     rates = sorted({d.rate for compared in report.compared for d in compared.differences})
     tolerated = _table(
-        ("deployment", "tolerated failure rate", "95 % interval", "times the reference", "95 % interval"),
-        [[labels[c.name], known_text(c.tolerated), _known_interval(c.tolerated), *_times(c)] for c in report.compared],
+        ("deployment", "tolerated rate", "95 % interval", "times the reference", "95 % interval", "same cells"),
+        [
+            [
+                labels[c.name],
+                known_text(c.tolerated),
+                _known_interval(c.tolerated),
+                *_times(c),
+                "yes" if c.same_cells else "no",
+            ]
+            for c in report.compared
+        ],
     )
     differences = _table(
         ("deployment", *(f"at {rate:.6g}" for rate in rates)),
@@ -138,7 +150,8 @@ def _comparison(report: ComparisonReport) -> list[str]:
         tolerated,
         f"<h2>Better than {html.escape(labels[report.reference])}, points</h2>",
         differences,
-        "<p>Chips with the same number are compared with each other; intervals are of 95 %.</p>",
+        "<p>Chips with the same number are compared with each other; where the cells are the same, the same ones are "
+        "stuck. Intervals are of 95 %.</p>",
     ]
 
 
@@ -161,7 +174,7 @@ def _difference(difference: Difference | None) -> str:
 
 
 def _metric_table(report: ValidationReport, metric: str) -> str:
-    heads = (
+    heads: tuple[str, ...] = (
         "failure rate",
         "mean",
         "95 % interval",
@@ -172,11 +185,15 @@ def _metric_table(report: ValidationReport, metric: str) -> str:
         "worst",
         "chips",
     )
-    rows = [[rate_text(rate), *_cells(rate.metrics[metric])] for rate in report.rates]
+    parted = any(rate.metrics[metric].chip_deviation is not None for rate in report.rates)
+    if parted:
+        heads = (*heads, "of it between chips", "by the choice of images")
+    rows = [[rate_text(rate), *_cells(rate.metrics[metric], parted)] for rate in report.rates]
     return f"<h3>{html.escape(metric)}, {report.clean[metric]:.2f} % without faults</h3>{_table(heads, rows)}"
 
 
-def _cells(found: MetricReport) -> list[str]:
+def _cells(found: MetricReport, parted: bool) -> list[str]:
+    parts = (found.chip_deviation, found.image_deviation) if parted else ()
     return [
         f"{found.mean:.2f}",
         _interval(found.interval),
@@ -186,7 +203,20 @@ def _cells(found: MetricReport) -> list[str]:
         f"{found.fifth_percentile:.2f}",
         f"{found.worst:.2f}",
         str(found.chips),
+        *("–" if part is None else f"{part:.2f}" for part in parts),
     ]
+
+
+def _class_table(report: ValidationReport) -> str:
+    """Return a table of the metric by class, where it is known."""
+    classes = dict.fromkeys(name for rate in report.rates for name in rate.by_class)
+    if not classes:
+        return ""
+    rows = [
+        [name, *(f"{r.by_class[name]:.1f}" if name in r.by_class else "–" for r in report.rates)] for name in classes
+    ]
+    table = _table(("class", *(rate_text(rate) for rate in report.rates)), rows)
+    return f"<details><summary>{html.escape(next(iter(report.clean)))} by class</summary>{table}</details>"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

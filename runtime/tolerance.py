@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 from rerampile.runtime.statistics import CONFIDENCE, Interval
 
@@ -23,7 +24,7 @@ __all__ = ["Curve", "Estimate", "rate_ratio", "tolerated_rate"]
 Floats = npt.NDArray[np.float64]
 
 _RESAMPLES = 4000
-_LEAST_DROP = 0.01  # of the wanted drop: what smaller ones, and gains, count as on a logarithmic scale
+_LEAST_DROP = 0.01  # of the wanted drop: less, or a gain, is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +82,34 @@ def rate_ratio(curve: Curve, reference: Curve, drop: float, *, seed: int = 0) ->
 
 
 def _resamples(chips: int, seed: int) -> Floats:
-    """Return how much each chip counts, float64 [1 + resamples, chips]: once each, then as often as it is drawn."""
+    """Return how much each chip counts, float64 [1 + resamples, chips]: once each, then as often as it is drawn.
+
+    Resampled means of few chips scatter too little, by what parts the t distribution from the normal one and the two
+    estimates of the variance from each other; their distance from the plain mean is stretched by that.
+    """
     drawn = np.random.default_rng([seed, chips]).multinomial(chips, np.full(chips, 1 / chips), _RESAMPLES)
-    return np.concatenate([np.ones((1, chips)), drawn]) / chips
+    stretch = 1.0
+    if chips > 1:
+        tail = (1 + CONFIDENCE) / 2
+        student = scipy.stats.t.ppf(tail, chips - 1) / scipy.stats.norm.ppf(tail)
+        stretch = float(student) * math.sqrt(chips / (chips - 1))
+    return np.concatenate([np.ones((1, chips)), 1 + stretch * (drawn - 1)]) / chips
 
 
 def _reached(curve: Curve, drop: float, weights: Floats) -> tuple[Floats, Floats]:
     """Return between which rates the mean drop first reaches a drop, for each row of weights of the chips.
 
-    Both ends are the same where it lies between two rates that were run.
+    Both ends are the same where a power law of the rate can be drawn: between two rates that were run, the lower of
+    which shows a drop. Where that one shows none, the drop begins somewhere between the two.
     """
     means = weights @ curve.drops[:, : weights.shape[1]].T
     first = np.where((means >= drop).any(axis=1), (means >= drop).argmax(axis=1), len(curve.rates))
     edges = np.concatenate([[0.0], curve.rates, [math.inf]])
     low, high = edges[first], edges[first + 1]
-    inside = np.flatnonzero((first > 0) & (first < len(curve.rates)))
+    rows = np.arange(len(means))
+    inside = np.flatnonzero((first > 0) & (first < len(curve.rates)) & (means[rows, first - 1] > _LEAST_DROP * drop))
     after = first[inside]
-    before, reached = (np.log(np.maximum(means[inside, k], _LEAST_DROP * drop)) for k in (after - 1, after))
+    before, reached = (np.log(means[inside, k]) for k in (after - 1, after))
     share = (math.log(drop) - before) / (reached - before)
     low[inside] = high[inside] = low[inside] * (high[inside] / low[inside]) ** share
     return low, high

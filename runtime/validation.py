@@ -100,6 +100,8 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
         faults: Asked and observed fractions.
         non_finite: Images, over all chips, with an output that was not finite; scored as wrong.
         metrics: By name.
+        by_class: The first metric by class, the mean over chips: agreement by the class of the fault-free model, or
+            mAP by category. Empty where the metric has no classes.
     """
 
     rate: float | None
@@ -108,6 +110,7 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
     faults: FaultCounts
     non_finite: int
     metrics: dict[str, MetricReport]
+    by_class: dict[str, float]
 
 
 class Int8Report(msgspec.Struct, kw_only=True, frozen=True):
@@ -280,6 +283,10 @@ def validate(
         raise ConfigError(f"--runs {runs}: expected 1 or more")
     if precision_points is not None and not precision_points > 0:
         raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
+    if precision_points is not None and experiment.fault_map is not None:
+        raise ConfigError("--precision-points: a fault map holds as many chips as it does; leave one of the two out")
+    if requirements and experiment.fault_map is not None:
+        raise ConfigError("--require: holds for a failure rate, and chips of a fault map have none; leave it out")
     with open_workers(jobs, dask) as workers:  # first: whether they answer is known at once
         return _validate(experiment, journal, runs, precision_points, requirements, workers, progress)
 
@@ -375,7 +382,20 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
         ),
         non_finite=sum(r.non_finite for r in results),
         metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
+        by_class=_by_class(results),
     )
+
+
+def _by_class(results: Sequence[ChipResult]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.by_class.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(found[name])) for name in sorted(found, key=_by_number)}
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdecimal() else (-1, name)
 
 
 def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, precision: float | None) -> MetricReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,13 +18,14 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto
 
+from rerampile.background import side_by_side
 from rerampile.checks import check_checksums, check_placement, decode_rows, weight_bytes
 from rerampile.deployment import Deployment, layer_coding, load_deployment
 from rerampile.errors import FaultRunError, InternalError, PlanFormatError, UnsupportedModelError
-from rerampile.files import DEPLOYED, MASKS, PLAN, REFERENCE
+from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
-from rerampile.onnx_file import file_sha256
-from rerampile.plan import FileRecord, LayerPlan, Plan, Verification, encode_plan
+from rerampile.onnx_file import hash_on_disk
+from rerampile.plan import FileRecord, LayerPlan, Verification, encode_plan, read_plan
 from rerampile.runtime.compare import flat, input_sensitivity, output_error, require_tolerance
 from rerampile.runtime.inputs import fitting_inputs, inputs_from_file
 from rerampile.runtime.reference import write_reference
@@ -41,7 +42,6 @@ Outputs = Sequence[Any]
 _TOLERANCE = {"float": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinear", "ConvInteger", "MatMulInteger")
 _ROUNDING = 5e-2  # from end to end, where activations are rounded; layer by layer the above holds
-_THREADS = 2  # each holds one layer and its decoded copy
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,22 @@ class Verify:
         """
         if unit.plan is None:
             raise InternalError("verify runs before emit")
-        _write_plan(unit.folder, unit.plan)
-        deployment = load_deployment(unit.folder)
+        deployment = Deployment(
+            folder=unit.folder,
+            plan=unit.plan,
+            target=unit.target,
+            conductances=TensorFile(unit.folder / CONDUCTANCES),
+        )
         check_placement(deployment)
         layers, errors = _decode_all(unit, deployment)
         verification = _run_both(unit, deployment, errors)
-        files = dict(unit.plan.files)
-        record = _record(unit.folder / REFERENCE)
-        if record is not None:
-            files[REFERENCE] = record
         plan = msgspec.structs.replace(
-            unit.plan, layers=layers, verification=verification, files=dict(sorted(files.items()))
+            unit.plan, layers=layers, verification=verification, files=_files(unit.folder, unit.hashes)
         )
-        _write_plan(unit.folder, plan)
+        text = encode_plan(plan)
+        (unit.folder / PLAN).write_bytes(text)
+        if encode_plan(read_plan(unit.folder / PLAN)) != text:
+            raise InternalError("the plan does not read back as it was written")
         return replace(unit, plan=plan)
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
@@ -87,26 +90,26 @@ class Verify:
         return summary
 
 
-def _write_plan(folder: Path, plan: Plan) -> None:
-    (folder / PLAN).write_bytes(encode_plan(plan))
-
-
-def _record(path: Path) -> FileRecord | None:
-    return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size) if path.exists() else None
+def _files(folder: Path, hashes: Mapping[str, Future[str]]) -> dict[str, FileRecord]:
+    """Return the plan's records of the files, once each is whole and on the disk."""
+    found = {name: future.result() for name, future in hashes.items()}
+    if (folder / REFERENCE).exists():
+        found[REFERENCE] = hash_on_disk(folder / REFERENCE)
+    return {name: FileRecord(sha256=found[name], bytes=(folder / name).stat().st_size) for name in sorted(found)}
 
 
 def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tuple[float, float]]:
     """Compare every decoded weight with the pruned one; return the plan's layers with hashes, and the worst errors."""
 
-    def check(layer: Layer, plan: LayerPlan) -> tuple[LayerPlan, float, float]:
-        expected, bound = (
-            unit.weight_rows(layer),
-            layer_coding(deployment.target, plan).error_bound(deployment.gain(plan)),
-        )
+    def check(pair: tuple[Layer, LayerPlan]) -> tuple[LayerPlan, float, float]:
+        layer, plan = pair
+        expected = unit.weight_rows(layer)
+        bound = layer_coding(deployment.target, plan).error_bound(deployment.gain(plan))
         digest, worst, worst_part = hashlib.sha256(), 0.0, 0.0
         for rows, decoded in decode_rows(deployment, plan):
             wanted = expected(rows)
-            error = np.abs(decoded - wanted).max(axis=1).astype(np.float64)
+            off = decoded - wanted
+            error = np.maximum(off.max(axis=1), -off.min(axis=1)).astype(np.float64)
             if not (error <= bound[rows]).all() or (unit.mapped[layer.name].zeros and np.any(decoded[wanted == 0])):
                 raise InternalError(
                     f"layer '{layer.name}': a decoded weight is {error.max():.3g} off "
@@ -116,8 +119,7 @@ def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tu
             digest.update(weight_bytes(decoded))
         return msgspec.structs.replace(plan, decoded_sha256=digest.hexdigest()), worst, worst_part
 
-    with ThreadPoolExecutor(_THREADS) as pool:  # numpy and hashlib work outside the interpreter's lock
-        found = list(pool.map(check, unit.layers, deployment.plan.layers))
+    found = side_by_side(check, zip(unit.layers, deployment.plan.layers, strict=True))
     return [plan for plan, _, _ in found], (max(error for _, error, _ in found), max(part for _, _, part in found))
 
 
@@ -269,8 +271,7 @@ def verify_deployment(folder: str | Path) -> Verification:
     check_checksums(deployment)
     check_placement(deployment)
     masks = TensorFile(deployment.folder / MASKS) if MASKS in deployment.plan.files else None
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(partial(_check_weights, deployment, masks), deployment.plan.layers))
+    side_by_side(partial(_check_weights, deployment, masks), deployment.plan.layers)
     reference = TensorFile(deployment.folder / REFERENCE)
     inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
     session = open_session(deployment.model_path)

@@ -11,12 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from rerampile import ConfigError, Deployment, compile_model, load_deployment
-from rerampile.passes.prune import magnitude_mask
 
 # Layers of the small model: conv_weight [8, 3, 3, 3] in block 8, fc_weight [10, 128] in block 10.
 CONV, FC = "conv_weight", "fc_weight"
@@ -30,15 +26,6 @@ def pruned(small_model: onnx.ModelProto, tmp_path: Path) -> Callable[..., Deploy
 def zeros(deployment: Deployment) -> dict[str, int]:
     """Zero weights a layer, counted on what the cells hold."""
     return {p.name: int((deployment.weights(p) == 0).sum()) for p in deployment.plan.layers}
-
-
-@given(hnp.arrays(np.float32, (4, 5), elements=st.sampled_from([-2, -1, 0, 1, 1.5, 2])), st.floats(0, 0.99))
-def test_magnitude_mask_takes_exactly_the_smallest(weights: np.ndarray, ratio: float) -> None:
-    kept = magnitude_mask(weights, ratio)
-    count = round(ratio * 20)
-    assert int((~kept).sum()) == count
-    order = np.argsort(np.abs(weights), axis=None, kind="stable")  # among equals the earlier ones go
-    np.testing.assert_array_equal(np.flatnonzero(~kept), np.sort(order[:count]))
 
 
 @pytest.mark.parametrize(

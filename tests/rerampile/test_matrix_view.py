@@ -44,6 +44,18 @@ def test_matrix_and_tensor_are_inverse(view: MatrixView) -> None:
     assert view.channels * view.outputs_per_channel == view.shape[0]
 
 
+@given(views(), st.integers(0, 3), st.integers(0, 8), st.integers(1, 8))
+def test_some_rows_are_those_of_the_matrix(view: MatrixView, shift: int, first: int, count: int) -> None:
+    """Wherever the tensor lies, aligned or not, rows come out contiguous and aligned."""
+    tensor = np.arange(math.prod(view.tensor_shape), dtype=np.float32).reshape(view.tensor_shape)
+    moved = np.frombuffer(bytes(shift) + tensor.tobytes(), np.uint8)[shift:].view(np.float32).reshape(tensor.shape)
+    rows = slice(first, first + count)
+    found = view.rows(moved)(rows)
+    np.testing.assert_array_equal(found, view.matrix(tensor)[rows])
+    assert found.flags.c_contiguous
+    assert found.flags.aligned
+
+
 @given(views())
 def test_the_stored_form_describes_the_tensor(view: MatrixView) -> None:
     """What the plan says, and the deployed model computes: reshape, transpose, reshape."""

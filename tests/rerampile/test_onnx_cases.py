@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from rerampile import compile_model, verify_deployment
 from rerampile.errors import FaultRunError
-from rerampile.passes.find_layers import SLOTS
 from rerampile.runtime.session import open_session, run
+from rerampile.weight_slots import SLOTS
 
 Arrays = dict[str, npt.NDArray[Any]]
 

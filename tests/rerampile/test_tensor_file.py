@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,10 @@ def test_the_library_reads_what_is_written(tensors: dict[str, np.ndarray], metad
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.safetensors"
         with TensorWriter(path, [(n, t.dtype, t.shape) for n, t in tensors.items()], metadata) as writer:
-            for name in writer.specs:
+            for name in reversed(writer.specs):
                 writer.write(name, tensors[name])
         data = path.read_bytes()
-        assert writer.sha256 == hashlib.sha256(data).hexdigest()
+        assert writer.sha256.result() == hashlib.sha256(data).hexdigest()
         assert (int.from_bytes(data[:8], "little") + 8) % 64 == 0
         with safetensors.safe_open(path, framework="numpy") as library:
             assert set(library.keys()) == set(tensors)
@@ -47,6 +49,7 @@ def test_the_library_reads_what_is_written(tensors: dict[str, np.ndarray], metad
             for name, tensor in tensors.items():
                 same(library.get_tensor(name), tensor)
         ours = TensorFile(path)
+        assert ours.metadata == metadata
         for name, tensor in tensors.items():
             same(ours.read(name), tensor)
             assert ours.specs[name].offset % tensor.dtype.itemsize == 0
@@ -71,13 +74,36 @@ def test_bfloat16(tmp_path: Path) -> None:
     same(TensorFile(tmp_path / "t").read("a"), values)
 
 
+def test_a_file_that_does_not_stay_costs_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", synced.append)
+    a, announced = np.zeros(3, np.float32), [("a", np.float32, (3,))]
+    found = {}
+    for lasting in (True, False):
+        with TensorWriter(tmp_path / str(lasting), announced, {}, lasting=lasting) as writer:
+            writer.write("a", a)
+        found[lasting] = (writer.sha256.result(), len(synced))
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+    assert found == {True: (hashlib.sha256((tmp_path / "True").read_bytes()).hexdigest(), 1), False: ("", 1)}
+
+
+def test_a_disk_that_fails_late_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with TensorWriter(tmp_path / "t", [("a", np.float32, (3,))], {}) as writer:
+        writer.write("a", np.zeros(3, np.float32))
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.sha256.result()
+
+
 def test_a_writer_keeps_its_word(tmp_path: Path) -> None:
     a = np.zeros(3, np.float32)
     announced = [("a", np.float32, (3,)), ("b", np.float32, (3,))]
-    with (
-        pytest.raises(InternalError, match="tensor 'b' written out of order"),
-        TensorWriter(tmp_path / "1", announced, {}) as w,
-    ):
+    twice = pytest.raises(InternalError, match="tensor 'b' was not announced, or is written twice")
+    with twice, TensorWriter(tmp_path / "1", announced, {}) as w:
+        w.write("b", a)
         w.write("b", a)
     with pytest.raises(InternalError, match="not as announced"), TensorWriter(tmp_path / "2", announced, {}) as w:
         w.write("a", a.astype(np.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -19,6 +20,7 @@ from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.report import write_report
 from rerampile.runtime.report_schema import report_schema
+from rerampile.runtime.statistics import t_interval
 from rerampile.runtime.validation import ValidationReport, validate
 
 RATES = (0.02, 0.1, 0.4)
@@ -60,8 +62,8 @@ def test_differences_are_paired_chip_by_chip(validations: list[ValidationReport]
         )
         pairs = np.array(here) - np.array(there)
         assert difference.mean == pytest.approx(pairs.mean())
-        assert difference.interval is not None
-        assert difference.interval[0] <= difference.mean <= difference.interval[1]
+        expected = t_interval(pairs)
+        assert difference.interval == pytest.approx((expected.low, expected.high))
 
 
 def test_less_is_better_for_an_error(validations: list[ValidationReport]) -> None:
@@ -138,7 +140,10 @@ def test_folders_are_told_apart_by_name(model_file: Path, tmp_path: Path) -> Non
         (["a.onnx", "b.onnx", "--mappings", "offset,balanced"], 2, "--mappings: expected one model to compile"),
         (["a.onnx", "--mappings", "offset,offset"], 2, "expected two or more different ones"),
         (["a.onnx", "--mappings", "offset,balanced"], 1, "a.onnx: cannot be read: No such file or directory"),
-        (["a", "b"], 1, "a"),
+        (["a.onnx", "--mappings", "offset,balance"], 1, "mapping 'balance': no such scheme (did you mean balanced?)"),
+        (["a", "b"], 1, "a: no plan.json in it, expected a deployment folder"),
+        (["a", "b", "--scale", "tensor"], 2, "--scale: the folders are compiled already; give --mappings, too"),
+        (["a.onnx", "--mappings", "offset,balanced", "--drop", "-1"], 1, "--drop -1: expected more than 0 points"),
     ],
 )
 def test_bad_usage(
@@ -149,3 +154,21 @@ def test_bad_usage(
     assert done.exit_code == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_unlike_models_are_refused_before_any_chip_runs(
+    model_file: Path, tmp_path: Path, parse_model: Callable[..., onnx.ModelProto]
+) -> None:
+    compile_model(model_file, out=tmp_path / "one")
+    other = parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        other (float[N, 4] x) => (float[N, 3] y) { y = MatMul (x, W) }
+        """,
+        W=np.ones((4, 3), np.float32),
+    )
+    compile_model(other, out=tmp_path / "two")
+    done = run(tmp_path / "one", tmp_path / "two", "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "two: a model of 'x' [?, 4], 'y' [?, 3], expected 'image' [?, 3, 4, 4], 'scores' [?, 10]" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -132,7 +132,7 @@ def test_perfect_detections_of_letterboxed_images(pictures, head_session, capsys
     metric = open_detection(pictures, head_session)
     found = judged(metric, pictures, heads)
     assert found.values == {"map50": pytest.approx(100), "map": pytest.approx(100)}
-    assert found.details == {"map50_by_class": {"cat": pytest.approx(100), "dog": pytest.approx(100)}, "detections": 2}
+    assert found.by_class == {"cat": pytest.approx(100), "dog": pytest.approx(100)}
     assert capsys.readouterr().out == ""
 
 

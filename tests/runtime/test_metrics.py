@@ -109,7 +109,7 @@ def test_agreement_by_hand():
     assert found.scores["top1_agreement"].tolist() == [100, 0, 100]
     np.testing.assert_allclose(found.scores["output_error"], [0, 100 * 2**0.5, 100], rtol=1e-6)
     assert found.values["output_error"] == pytest.approx((100 * 2**0.5 + 100) / 3)
-    assert found.details["agreement_by_class"] == {0: 100, 1: 50}
+    assert found.by_class == {"0": 100, "1": 50}
 
 
 def test_error_is_over_all_outputs():

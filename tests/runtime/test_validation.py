@@ -12,11 +12,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from rerampile import ConfigError, DataError, Deployment, compile_model
+from rerampile import ConfigError, DataError, Deployment, PlanFormatError, Target, compile_model
 from rerampile.cli import main
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
-from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.monte_carlo import Bench, Experiment
 from rerampile.runtime.pictures import most_hit_array
 from rerampile.runtime.predict import Prediction, predict_beside
 from rerampile.runtime.report import write_report
@@ -68,6 +68,38 @@ def test_journal_of_other_options_is_refused(experiment: Experiment, tmp_path: P
         validate(replace(experiment, seed=4), tmp_path / "j", runs=1)
 
 
+def test_journal_of_another_deployment_is_refused(
+    experiment: Experiment, small_model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    validate(experiment, tmp_path / "j", runs=1)
+    cell = {"g_off": 1e-6, "g_on": 100e-6, "stuck_on": {"mean": 300e-6}}
+    other = compile_model(
+        small_model, out=tmp_path / "other", target=Target(name="other", rows=128, columns=128, cell=cell)
+    )
+    with pytest.raises(DataError, match="journal of another run: target was"):
+        validate(replace(experiment, folder=other.folder), tmp_path / "j", runs=1)
+    shifted = onnx.ModelProto()
+    shifted.CopyFrom(small_model)
+    bias = next(tensor for tensor in shifted.graph.initializer if tensor.name == "fc_bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.ones(10, np.float32), "fc_bias"))
+    other = compile_model(shifted, out=tmp_path / "shifted")
+    with pytest.raises(DataError, match="journal of another run: model was"):
+        validate(replace(experiment, folder=other.folder), tmp_path / "j", runs=1)
+    with pytest.raises(DataError, match="journal of another run: batch was 8, now 4"):
+        validate(replace(experiment, batch=4), tmp_path / "j", runs=1)
+    with pytest.raises(DataError, match="journal of another run: data was"):
+        validate(replace(experiment, data="generated:30"), tmp_path / "j", runs=1)
+
+
+def test_a_changed_deployment_is_refused(experiment: Experiment, small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    folder = compile_model(small_model, out=tmp_path / "changed").folder
+    cells = bytearray((folder / "conductances.safetensors").read_bytes())
+    cells[-100] ^= 1
+    (folder / "conductances.safetensors").write_bytes(cells)
+    with pytest.raises(PlanFormatError, match="conductances"):
+        validate(replace(experiment, folder=folder), tmp_path / "j", runs=1)
+
+
 def test_drawn_maps_replay_what_was_drawn(experiment: Experiment, deployment: Deployment, tmp_path: Path) -> None:
     model, geometry = experiment.faults[1], ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, model, deployment.target, seed=3, run=run) for run in range(3)]
@@ -77,6 +109,11 @@ def test_drawn_maps_replay_what_was_drawn(experiment: Experiment, deployment: De
         0
     ]
     assert replayed.metrics == drawn.metrics
+    measured = replace(experiment, faults=(), fault_map=tmp_path / "chips.safetensors")
+    with pytest.raises(ConfigError, match="--precision-points: a fault map holds as many chips as it does"):
+        validate(measured, tmp_path / "c", precision_points=1.0)
+    with pytest.raises(ConfigError, match="--require: holds for a failure rate, and chips of a fault map have none"):
+        validate(measured, tmp_path / "c", requirements=[Requirement.parse("output_error <= 1 @ 0.1")])
 
 
 def test_each_chip_sees_images_of_its_own(experiment: Experiment, tmp_path: Path) -> None:
@@ -85,6 +122,8 @@ def test_each_chip_sees_images_of_its_own(experiment: Experiment, tmp_path: Path
     assert found.chip_deviation is not None
     assert found.image_deviation is not None
     assert found.image_deviation > 0
+    bench = Bench(replace(experiment, images_per_run=6))
+    assert len({tuple(bench.images_of(run)) for run in range(8)}) == 8
     with pytest.raises(ConfigError, match="--images-per-run 25: expected 1 to 24"):
         validate(replace(experiment, images_per_run=25), tmp_path / "k", runs=1)
 
@@ -123,6 +162,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(experiment: Experiment, 
     assert "src=" not in page
     assert 'href="http' not in page
     assert page.count("<figure>") == 3
+    assert "top1_agreement by class" in page
     assert f"{report.rates[2].metrics['output_error'].mean:.2f}" in page
     assert msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=ValidationReport) == report
 
@@ -141,6 +181,42 @@ def test_the_command_ends_with_three_where_a_requirement_fails(deployment: Deplo
     )
     assert refused.exit_code == 1
     assert "--failure-rate 1.5: expected a fraction from 0 to 1" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--failure-rate", "0.5"], "--failure-rate: the chips of --fault-map are not drawn; leave one of the two out"),
+        (["--runs", "3"], "--runs: the chips of --fault-map are not drawn"),
+        (["--distribution", "line"], "--distribution: the chips of --fault-map are not drawn"),
+    ],
+)
+def test_measured_chips_are_not_drawn(deployment: Deployment, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["validate", str(deployment.folder), "--fault-map", "m.csv", *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_a_rate_is_there_once(deployment: Deployment) -> None:
+    done = CliRunner().invoke(main, ["validate", str(deployment.folder), "--failure-rate", "0.01,0.02,0.010"])
+    assert done.exit_code == 2
+    assert "--failure-rate: a rate is there twice, expected different ones" in done.stderr
+
+
+def test_reports_replace_nothing_of_others(deployment: Deployment, tmp_path: Path) -> None:
+    def run(out: Path) -> str:
+        done = CliRunner().invoke(main, ["validate", str(deployment.folder), "--runs", "1", "-o", str(out), "-q"])
+        assert done.exit_code == 1
+        return done.stderr
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    assert "holds a 'report.html' of something else, which would be lost; name another folder with -o" in run(
+        tmp_path / "mine"
+    )
+    assert (tmp_path / "mine" / "report.html").read_text() == "mine"
+    assert "a deployment, expected a folder for the report" in run(deployment.folder)
+    assert "cannot be used as a folder: File exists" in run(tmp_path / "mine" / "report.html")
 
 
 def test_drawing_and_showing_fault_maps(deployment: Deployment, tmp_path: Path) -> None:

@@ -92,10 +92,18 @@ def test_a_process_that_dies_loses_no_result(
     assert len(set(finished(tmp_path / "j"))) == len(finished(tmp_path / "j")) == WANTED
 
 
-def test_workers_take_over_what_the_fault_free_model_gave(experiment: Experiment) -> None:
+def test_workers_take_over_what_the_first_bench_found_out(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed.protocol.pickle import dumps, loads
+
     bench = Bench(experiment)
-    other = Bench(experiment, (bench.metric, bench.clean))
-    assert other.clean is bench.clean
+    learned = loads(dumps(bench.learned))
+    monkeypatch.delattr("rerampile.runtime.executor.blocked_model")
+    monkeypatch.delattr(Bench, "_learn")
+    other = Bench(experiment, learned)
+    assert other.clean is learned.clean
+    assert other.executor.method == "fast"
     assert other.chip(1, 2) == bench.chip(1, 2)
 
 
