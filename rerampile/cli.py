@@ -21,6 +21,7 @@ import click
 from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
+from rerampile.predict_command import predict
 from rerampile.prune_command import prune
 from rerampile.validate_command import validate
 
@@ -415,5 +416,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (prune, validate, compare, fault_maps):
+for command in (prune, validate, compare, predict, fault_maps):
     main.add_command(command)

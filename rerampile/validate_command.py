@@ -79,6 +79,7 @@ def validate(
 
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.pictures import most_hit_array
+    from rerampile.runtime.predict import predict_beside
     from rerampile.runtime.report import write_report
     from rerampile.runtime.validation import Requirement
     from rerampile.runtime.validation import validate as run_validation
@@ -105,6 +106,7 @@ def validate(
             progress=progress,
             **effort,
         )
+    report = msgspec.structs.replace(report, prediction=predict_beside(experiment))
     command = f"rerampile {shlex.join(sys.argv[1:])}"
     written = write_report(place, report, command=command, picture=most_hit_array(experiment))
     if as_json:

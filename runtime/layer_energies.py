@@ -74,12 +74,13 @@ class _Companion:
 
 
 def layer_energies(
-    deployment: Deployment, models: Sequence[FaultModel], batches: Iterable[Inputs]
+    deployment: Deployment, errors: Sequence[LayerErrors], models: Sequence[FaultModel], batches: Iterable[Inputs]
 ) -> tuple[dict[int, Energies], dict[int, str]]:
     """Run batches of inputs; return each layer's energies, and the reason for each layer that has none.
 
     Args:
         deployment: The deployment.
+        errors: The errors of each layer's weights.
         models: Fault models.
         batches: Inputs by name, one batch in memory at a time.
     """
@@ -88,7 +89,9 @@ def layer_energies(
     graph = _Graph(plain, models)
     for number, layer in enumerate(deployment.plan.layers):
         if number not in reasons:
-            graph.add(number, layer, LayerErrors(deployment, number))
+            graph.add(number, layer, errors[number])
+    if not graph.companions:
+        return {}, reasons
     weights = {
         name: np.ascontiguousarray(layer.view.tensor(deployment.weights(layer)))
         for layer, name in zip(deployment.plan.layers, plain.weights, strict=True)

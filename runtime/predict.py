@@ -10,25 +10,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment
-from rerampile.errors import ConfigError, DataError
-from rerampile.runtime.data import Dataset
+from rerampile.deployment import Deployment, load_deployment
+from rerampile.errors import ConfigError, DataError, RerampileError
+from rerampile.runtime.data import open_dataset
+from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.executor import Executor, Inputs, Outputs, open_executor
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.inject import LayerFaults
 from rerampile.runtime.layer_energies import Energies, layer_energies
+from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.session import open_session
 from rerampile.runtime.weight_errors import LayerErrors
 
-__all__ = ["LayerPrediction", "Prediction", "RatePrediction", "predict"]
+__all__ = [
+    "LayerPrediction",
+    "Prediction",
+    "RatePrediction",
+    "check_predictable",
+    "predict",
+    "predict_beside",
+    "predict_experiment",
+]
 
+_IMAGES = 64  # of the calibration run
 _PROBE_NSR = 0.01  # noise that measures how much of a layer's error reaches the outputs
-_MOST_PROBE_IMAGES = 8
+_NOISY_RUNS = 5  # images run with noise, for all layers together, for each image of the calibration run
+_MOST_PROBE_IMAGES = 16
 
 
 class LayerPrediction(msgspec.Struct, kw_only=True, frozen=True):
@@ -72,8 +86,8 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
     layers: list[LayerPrediction]
 
 
-class Prediction(msgspec.Struct, kw_only=True, frozen=True):
-    """What faults are expected to do to a deployment.
+class Prediction(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-prediction"):
+    """What ``prediction.json`` holds: what faults are expected to do to a deployment.
 
     Attributes:
         format: What kind of file this is.
@@ -89,7 +103,6 @@ class Prediction(msgspec.Struct, kw_only=True, frozen=True):
         not_predicted: Layers that are left out, with the reason.
     """
 
-    format: str = "rerampile-prediction"
     format_version: int = 1
     folder: str
     model: str
@@ -107,9 +120,9 @@ def predict(
     faults: Sequence[FaultModel],
     data: Dataset,
     *,
-    images: int = 64,
+    images: int = _IMAGES,
     probe_images: int | None = None,
-    batch: int = 16,
+    batch: int = 32,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
@@ -120,37 +133,44 @@ def predict(
         faults: Independent faults, by failure rate.
         data: Inputs to calibrate with; targets are not needed.
         images: How many of them to use at most.
-        probe_images: How many of these each layer's noisy run sees; by default 8, or so few that those of all layers
-            are half as many as the images of the calibration run.
+        probe_images: How many of them each layer's noisy runs see; by default 16, or so few that those of all
+            layers are at most five times ``images``, and no more than there are data.
         batch: Images run at once.
         seed: Seed of the noise.
         progress: Called with (done, all): the calibration run and the noisy run of each layer count one each.
 
     Raises:
-        ConfigError: Faults are not independent, or a number is out of range.
+        ConfigError: Faults are not independent, a number is out of range, or no layer can be predicted.
         DataError: There are no images.
     """
+    check_predictable(faults)
     images = min(images, len(data))
-    _check(faults, images, probe_images)
-    steps = len(deployment.plan.layers) + 1
+    if images < 1:
+        raise DataError("no images to calibrate with, expected one or more")
+    if probe_images is not None and probe_images < 1:
+        raise ConfigError(f"--probe-images {probe_images}: expected 1 or more")
+    layers = deployment.plan.layers
+    steps = len(layers) + 1
     report = progress or (lambda done, total: None)
     report(0, steps)
-    calibration = (b.inputs for b in data.batches(batch, np.arange(images)))
-    energies, reasons = layer_energies(deployment, faults, calibration)
+    errors = [LayerErrors(deployment, number) for number in range(len(layers))]
+    calibration = (b.inputs for b in data.batches(batch, spread(len(data), images)))
+    energies, reasons = layer_energies(deployment, errors, faults, calibration)
+    if not energies:
+        raise ConfigError(f"{deployment.folder}: no layer to predict: {'; '.join(sorted(set(reasons.values())))}")
     report(1, steps)
     if probe_images is None:
-        probe_images = max(1, min(_MOST_PROBE_IMAGES, images // (2 * len(deployment.plan.layers))))
+        probe_images = max(1, min(_MOST_PROBE_IMAGES, min(_NOISY_RUNS * images, len(data)) // len(layers)))
     probe_images = min(probe_images, images)
-    probes = [b.inputs for b in data.batches(batch, np.arange(probe_images))]
+    probes = [b.inputs for b in data.batches(1, spread(len(data), probe_images))]
     worst = max(range(len(faults)), key=lambda number: faults[number].rate)
-    bench = _Bench(deployment, probes, seed)
+    bench = _Bench(deployment, errors, probes, seed)
     effects: dict[int, _Effect] = {}
     for number, found in energies.items():
         effects[number] = bench.effect(number, faults[worst], float(found.errors[worst]) / found.products)
         report(2 + number, steps)
     means = [bench.mean_chip(model, energies) for model in faults]
     report(steps, steps)
-    layers = deployment.plan.layers
     return Prediction(
         folder=deployment.folder.name,
         model=deployment.plan.model.name,
@@ -159,18 +179,78 @@ def predict(
         data=data.name,
         images=images,
         probe_images=probe_images,
-        rates=[_rate(deployment, model, n, means[n], energies, effects) for n, model in enumerate(faults)],
+        rates=[_rate(errors, model, n, means[n], energies, effects) for n, model in enumerate(faults)],
         not_predicted={layers[number].name: reason for number, reason in sorted(reasons.items())},
     )
 
 
-def _check(faults: Sequence[FaultModel], images: int, probe_images: int | None) -> None:
+def predict_experiment(
+    experiment: Experiment, *, split: str = "train", progress: Callable[[int, int], None] | None = None
+) -> Prediction:
+    """Predict what chips of an experiment will do; of how they are run and scored, nothing counts.
+
+    Args:
+        experiment: Deployment, faults, data, and the seed of the noise.
+        split: Which split of the data to calibrate with where the experiment names none.
+        progress: As of :func:`predict`.
+
+    Raises:
+        RerampileError: As of :func:`predict`, or the deployment or the data cannot be opened.
+    """
+    check_predictable(experiment.faults)
+    deployment = load_deployment(experiment.folder)
+    images = experiment.images or _IMAGES
+    data = open_dataset(
+        experiment.data,
+        open_session(deployment.model_path),
+        experiment.preprocessing,
+        default_split=split,
+        generate=images,
+        seed=experiment.seed,
+        skip_bad=experiment.skip_bad,
+    )
+    return predict(
+        deployment,
+        experiment.faults,
+        data,
+        images=images,
+        batch=experiment.batch,
+        seed=experiment.seed,
+        progress=progress,
+    )
+
+
+def predict_beside(experiment: Experiment) -> Prediction | str:
+    """Predict what chips that are run do at their highest failure rate, from the data that they are run on.
+
+    Args:
+        experiment: What is run. Nothing is expected of it: this is an extra.
+
+    Returns:
+        The prediction, or why there is none.
+    """
+    if experiment.fault_map is not None:
+        return "chips are measured, not drawn"
+    worst = max(experiment.faults, key=lambda model: model.rate)
+    if worst.distribution != "independent":
+        return f"the closed forms hold for independent faults, not for --distribution {worst.distribution}"
+    if not worst.rate:
+        return "no cell is stuck"
+    images = min(_IMAGES, experiment.images or _IMAGES)
+    try:
+        return predict_experiment(replace(experiment, faults=(worst,), images=images), split="test")
+    except RerampileError as error:
+        return str(error)
+
+
+def check_predictable(faults: Sequence[FaultModel]) -> None:
+    """Refuse faults that the closed forms do not hold for.
+
+    Raises:
+        ConfigError: There are none, or they are not independent.
+    """
     if not faults:
         raise ConfigError("--failure-rate: no rate to predict, expected one or more")
-    if images < 1:
-        raise DataError("no images to calibrate with, expected one or more")
-    if probe_images is not None and probe_images < 1:
-        raise ConfigError(f"--probe-images {probe_images}: expected 1 or more")
     if odd := next((model for model in faults if model.distribution != "independent"), None):
         raise ConfigError(
             f"--distribution {odd.distribution}: the closed forms hold for independent faults; run 'rerampile validate'"
@@ -185,7 +265,7 @@ class _Effect(NamedTuple):
 
 
 def _rate(
-    deployment: Deployment,
+    errors: Sequence[LayerErrors],
     model: FaultModel,
     number: int,
     mean: float,
@@ -195,11 +275,10 @@ def _rate(
     """Put the parts of one failure rate together; ``mean`` is the squared relative error of the mean chip."""
     parts, noise = [], 0.0
     for layer, found in energies.items():
-        errors = LayerErrors(deployment, layer)
-        coherent = _coherent(errors, model, found) / found.products
+        coherent = _coherent(errors[layer], model, found) / found.products
         random = float(found.errors[number]) / found.products
         noise += effects[layer].noise * random
-        part = effects[layer].noise * random + effects[layer].shift * errors.shift(model) ** 2
+        part = effects[layer].noise * random + effects[layer].shift * errors[layer].shift(model) ** 2
         parts.append((part, layer, random + coherent, coherent))
     total = math.fsum(part for part, *_ in parts)
     return RatePrediction(
@@ -211,7 +290,7 @@ def _rate(
         coherent_error=100 * math.sqrt(mean),
         layers=[
             LayerPrediction(
-                layer=deployment.plan.layers[layer].name,
+                layer=errors[layer].layer.name,
                 nsr=nsr,
                 coherent=coherent,
                 sensitivity=effects[layer].noise,
@@ -231,27 +310,34 @@ def _coherent(errors: LayerErrors, model: FaultModel, found: Energies) -> float:
 class _Bench:
     """Measures how much errors in layers change the outputs."""
 
-    def __init__(self, deployment: Deployment, probes: Sequence[Inputs], seed: int) -> None:
-        self._deployment, self._probes, self._seed = deployment, probes, seed
+    def __init__(
+        self, deployment: Deployment, errors: Sequence[LayerErrors], probes: Sequence[Inputs], seed: int
+    ) -> None:
+        self._deployment, self._errors, self._probes, self._seed = deployment, errors, probes, seed
         self._executor = _executor(deployment)
-        self._clean = [self._executor.run(inputs) for inputs in probes]
+        self._clean = [_numbers(self._executor.run(inputs)) for inputs in probes]
+        self._energy = sum(_energy(outputs) for outputs in self._clean)
 
     def effect(self, number: int, model: FaultModel, nsr: float) -> _Effect:
         """Return what noise and shift of a layer do.
+
+        Noise of few weights is a small sample of all noise, so small layers get new noise for each of several images.
 
         Args:
             number: The layer.
             model: The fault model whose variances shape the noise.
             nsr: What these variances come to.
         """
-        errors = LayerErrors(self._deployment, number)
+        errors = self._errors[number]
         noise = shift = 0.0
         if nsr > 0:
-            value = errors.variance(model)
-            np.sqrt(value * np.float32(_PROBE_NSR / nsr), out=value)
-            value *= np.random.default_rng([self._seed, number]).standard_normal(value.shape, np.float32)
-            value += self._deployment.weights(errors.layer)
-            noise = self._error({number: value}) / _PROBE_NSR
+            deviation = np.sqrt(errors.variance(model) * np.float32(_PROBE_NSR / nsr))
+            weights, rng = self._deployment.weights(errors.layer), np.random.default_rng([self._seed, number])
+            mean_size = self._deployment.plan.totals.weights // len(self._errors)
+            draws = max(1, min(len(self._probes), mean_size // deviation.size))
+            for first in range(draws):
+                signs = rng.integers(0, 2, deviation.shape, np.int8) * 2 - 1
+                noise += self._error({number: weights + deviation * signs}, slice(first, None, draws)) / _PROBE_NSR
         if errors.shift(model):
             shift = self._error({number: errors.mean_weights(model)}) / errors.shift(model) ** 2
         return _Effect(noise, shift)
@@ -260,18 +346,22 @@ class _Bench:
         """Return the squared relative error of the outputs when each weight is what it is on average."""
         if not model.rate:
             return 0.0
-        return self._error({number: LayerErrors(self._deployment, number).mean_weights(model) for number in layers})
+        return self._error({number: self._errors[number].mean_weights(model) for number in layers})
 
-    def _error(self, weights: Mapping[int, npt.NDArray[np.float32]]) -> float:
+    def _error(self, weights: Mapping[int, npt.NDArray[np.float32]], which: slice = slice(None)) -> float:
+        """Return the squared error of the outputs on some probes, over the energy of the outputs on all of them."""
         faults = [
             LayerFaults(layer=number, index=np.arange(value.size), value=value.reshape(-1), leaks=None)
             for number, value in weights.items()
         ]
         self._executor.apply(faults)
         try:
-            return _error([self._executor.run(inputs) for inputs in self._probes], self._clean)
+            found = [_numbers(self._executor.run(inputs)) for inputs in self._probes[which]]
         finally:
             self._executor.restore()
+        pairs = zip(found, self._clean[which], strict=True)
+        error = sum(_energy(f - c for f, c in zip(*pair, strict=True) if f.shape == c.shape) for pair in pairs)
+        return error / self._energy if self._energy else 0.0
 
 
 def _executor(deployment: Deployment) -> Executor:
@@ -282,12 +372,9 @@ def _executor(deployment: Deployment) -> Executor:
         return open_executor(deployment, method="slow")
 
 
-def _error(found: Sequence[Outputs], clean: Sequence[Outputs]) -> float:
-    """Return the sum of squared differences over that of squares, all outputs of numbers together."""
-    error = energy = 0.0
-    for f, c in ((f, c) for pair in zip(found, clean, strict=True) for f, c in zip(*pair, strict=True)):
-        if c.shape == f.shape and c.dtype.kind in "fiu":
-            reference = c.astype(np.float64)
-            error += float(np.square(f - reference).sum())
-            energy += float(np.square(reference).sum())
-    return error / energy if energy else 0.0
+def _numbers(outputs: Outputs) -> list[npt.NDArray[np.float64]]:
+    return [output.astype(np.float64) for output in outputs if output.dtype.kind in "fiu"]
+
+
+def _energy(arrays: Iterable[npt.NDArray[np.float64]]) -> float:
+    return sum(float(np.square(array).sum()) for array in arrays)

@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 
 from rerampile.runtime.comparison import Compared, ComparisonReport, Difference, Known
+from rerampile.runtime.layer_chart import highest, layers_caption, layers_picture
 from rerampile.runtime.pictures import ArrayPicture, chips_picture, rate_text, rates_picture, render, stuck_picture
+from rerampile.runtime.predict import Prediction
 from rerampile.runtime.validation import MetricReport, ValidationReport
 
 __all__ = ["int8_text", "known_text", "write_report"]
@@ -55,6 +57,9 @@ def write_report(
             "Every chip: its mean loss is not what a chip will do; the worst ones decide the yield.",
         ),
     }
+    if isinstance(prediction := validations[0].prediction, Prediction):
+        rate = highest(prediction.rates)
+        drawings["layers"] = (layers_picture(rate), layers_caption(prediction, rate))
     if picture is not None:
         drawings["array"] = (stuck_picture(picture), picture.title)
     written: list[Path] = []
@@ -100,7 +105,7 @@ def _page(report: ValidationReport | ComparisonReport, figures: Sequence[str], c
         body.append(f"<h2>{html.escape(validation.label)}</h2>")
         body += [_requirements(validation), *(_metric_table(validation, name) for name in validation.clean)]
         body.append(_class_table(validation))
-    body += ["<h2>Chips and arrays</h2>", *figures[1:], "<h2>How to repeat it</h2>"]
+    body += ["<h2>Chips, layers and arrays</h2>", *figures[1:], "<h2>How to repeat it</h2>"]
     body.append(f"<pre>{html.escape(command)}</pre>")
     body += [_facts(validation) for validation in validations]
     return (
@@ -252,6 +257,7 @@ def _facts(report: ValidationReport) -> str:
         "images": f"{report.images:,}",
         "faults": faults,
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),
+        **({"no chart of layers": report.prediction} if isinstance(report.prediction, str) else {}),
         **{key.replace("_", " "): str(value) for key, value in report.plan.items()},
         **{f"{name} version": version for name, version in report.versions.items()},
     }

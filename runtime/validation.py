@@ -24,6 +24,7 @@ from rerampile.runtime.monte_carlo import (
     run_chips,
     software_versions,
 )
+from rerampile.runtime.predict import Prediction
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
     ChipStatistics,
@@ -152,6 +153,8 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
         requirements: What was required, and whether it holds.
+        prediction: What each layer does to the outputs at the highest failure rate, predicted; or why there is none;
+            null where none was asked for.
     """
 
     format_version: int = 1
@@ -168,6 +171,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     clean: dict[str, float]
     rates: list[RateReport]
     requirements: list[RequirementResult]
+    prediction: Prediction | str | None = None
 
     @property
     def name(self) -> str:

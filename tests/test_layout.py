@@ -25,7 +25,9 @@ FACES = {
     "rerampile.prune_command",
     "rerampile.pruner",
     "rerampile.show_pruning",
+    "rerampile.predict_command",
     "rerampile.validate_command",
+    "rerampile.show_prediction",
     "rerampile.show_validation",
 }
 """The modules that may see everything; all others are passes, runtime or core."""

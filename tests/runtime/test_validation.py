@@ -18,6 +18,7 @@ from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.monte_carlo import Bench, Experiment
 from rerampile.runtime.pictures import most_hit_array
+from rerampile.runtime.predict import Prediction, predict_beside
 from rerampile.runtime.report import write_report
 from rerampile.runtime.validation import Requirement, ValidationReport, validate
 
@@ -237,3 +238,43 @@ def test_other_rates_use_the_chips_that_are_there(experiment: Experiment, tmp_pa
     report = validate(more, tmp_path / "j", runs=2, progress=lambda done, *_: seen.append(done))
     assert seen == [4, 5, 6]
     assert plain(report) == plain(validate(more, tmp_path / "fresh", runs=2))
+
+
+def test_the_report_ranks_the_layers_by_prediction(deployment: Deployment, tmp_path: Path) -> None:
+    options = ["--runs", "2", "--images", "8", "-q", "--json", "--failure-rate", "0.01,0.05"]
+    reports = []
+    for name in ("once", "again"):
+        arguments = ["validate", str(deployment.folder), *options, "-o", str(tmp_path / name)]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        reports.append((tmp_path / name / "report.json").read_bytes())
+    assert reports[0] == reports[1]
+    report = msgspec.json.decode(reports[0], type=ValidationReport)
+    assert isinstance(report.prediction, Prediction)
+    assert report.prediction.images == 8
+    (rate,) = report.prediction.rates
+    assert rate.rate == pytest.approx(0.05)
+    assert sum(layer.share for layer in rate.layers) == pytest.approx(1)
+    page = (tmp_path / "once" / "report.html").read_text()
+    assert page.count("<figure>") == 4
+    assert "share of the predicted squared output error" in page
+    assert "src=" not in page
+    assert (tmp_path / "once" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_no_layer_is_ranked_the_report_says_why(
+    experiment: Experiment, deployment: Deployment, tmp_path: Path
+) -> None:
+    lines = replace(experiment, faults=(FaultModel.of_rate(0.01, distribution="line"),))
+    assert predict_beside(lines) == "the closed forms hold for independent faults, not for --distribution line"
+    assert predict_beside(replace(experiment, faults=experiment.faults[:1])) == "no cell is stuck"
+    maps = replace(experiment, faults=(), fault_map=tmp_path / "chips.csv")
+    assert predict_beside(maps) == "chips are measured, not drawn"
+    assert "unknown adapter" in str(predict_beside(replace(experiment, data="cifar11:x")))
+
+    arguments = ["validate", str(deployment.folder), "--runs", "1", "--images", "4", "-q", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*arguments, "--distribution", "line"])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<dt>no chart of layers</dt><dd>the closed forms hold for independent faults" in page
+    assert not (tmp_path / "out" / "layers.svg").exists()
