@@ -52,9 +52,15 @@ class CellInputs:
 
 @dataclass
 class _Body:
-    """A function body under construction, in terms of its formal names, in a version of the standard operators."""
+    """A function body under construction, in terms of its formal names.
+
+    Attributes:
+        opset: Version of the standard operators that it is written in.
+        rank: Rank of the weight tensor.
+    """
 
     opset: int
+    rank: int
     inputs: list[str] = field(default_factory=list)
     nodes: list[NodeProto] = field(default_factory=list)
     attributes: dict[str, AttributeProto] = field(default_factory=dict)
@@ -120,7 +126,8 @@ class FunctionLibrary:
             data: Name of the data input where folding moved it, or None.
             outputs: Output names of the call.
         """
-        body, actual = _Body(max((o.version for o in self._opset_imports), default=1)), []
+        rank = len(next(iter(weights.values())).layer.view.tensor_shape)
+        body, actual = _Body(max((o.version for o in self._opset_imports), default=1), rank), []
         formals: dict[int, str] = {}
         zero_points = _INTEGER_WEIGHT_ZERO_POINTS.get(node.op, {})
         replaced = {zero_points.get(slot) for slot in weights} | ({2} if bias is not None else set())
@@ -287,8 +294,7 @@ def _qlinear_conv(body: _Body, node: GraphNode, formals: Mapping[int, str], resu
     if 8 in formals:
         operands.append(body.op("Cast", [formals[8]], "bias_float", to=_FLOAT))
     total = _multiply(body, node, "Conv", operands)
-    rank = len(node.view.inputs[3].shape or ()) or 4
-    column = body.shape("channel_shape", [-1, *[1] * (rank - 2)])
+    column = body.shape("channel_shape", [-1, *[1] * (body.rank - 2)])
     weight_scale = body.op("Reshape", [_scale(body, formals, 4), column], "weight_scale")
     factor = body.op("Mul", [_scale(body, formals, 1), weight_scale], "factor")
     _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
