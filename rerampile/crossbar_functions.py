@@ -93,7 +93,7 @@ class FunctionLibrary:
 
     Args:
         opset_imports: What the model imports; bodies are written in its own standard operator set.
-        quantised: Whether activations pass through QuantizeLinear. Between DequantizeLinear and QuantizeLinear, ONNX
+        quantised: Whether activations pass through QuantizeLinear, of whichever domain. Between DequantizeLinear and QuantizeLinear, ONNX
             Runtime rounds constant float weights to 8 bits of its own accord, and so would what the cells hold; a
             maximum with minus infinity behind the operator keeps it from that.
     """

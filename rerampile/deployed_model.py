@@ -71,7 +71,7 @@ class _Edit:
 
     @classmethod
     def of(cls, unit: Unit, specs: Mapping[str, TensorSpec]) -> _Edit:
-        quantised = any(node.op == "QuantizeLinear" for node in unit.graph.nodes)
+        quantised = any(node.proto.op_type == "QuantizeLinear" for node in unit.graph.nodes)
         edit = cls({}, set(), [], set(), FunctionLibrary(unit.model.proto.opset_import, quantised))
         names = UnusedNames(unit.model.proto)
         nodes: dict[int, tuple[GraphNode, dict[int, CellInputs]]] = {}

@@ -35,6 +35,8 @@ _NOT_DETERMINISTIC = {
     "Multinomial",
     "Bernoulli",
 }
+# Outside the standard domain, but defined as their namesakes in it; exporters for ONNX Runtime put weights behind them.
+_NAMESAKES = ("com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear")
 _LARGEST_CONSTANT = 2**30  # elements of a computed constant; a file of a few bytes can ask for any number
 
 
@@ -153,7 +155,9 @@ class ModelGraph:
         if id(tensor) in self._initializers:
             return True
         node = self.producer(tensor)
-        if node is None or node.proto.domain not in STANDARD_DOMAINS or node.random:
+        if node is None or node.random:
+            return False
+        if node.proto.domain not in STANDARD_DOMAINS and node.op not in _NAMESAKES:
             return False
         if any(a.HasField("g") or a.graphs for a in node.proto.attribute):
             return False
@@ -213,7 +217,8 @@ class ModelGraph:
 
     def _infer(self, tensor: Tensor, chain: Sequence[GraphNode]) -> onnx.TypeProto.Tensor:
         """Infer type and shape of a computed constant from a graph of its chain, large initializers left out."""
-        model = self._chain_model(tensor, chain, tuple(_small(source) for source in self.sources(tensor)))
+        nodes = [_standard(node) for node in chain]
+        model = self._chain_model(tensor, nodes, tuple(_small(source) for source in self.sources(tensor)))
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
         values = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
         for name, value in values.items():
@@ -227,10 +232,13 @@ class ModelGraph:
         return found
 
     def _chain_model(
-        self, tensor: Tensor, chain: Sequence[GraphNode], initializers: Sequence[TensorProto | onnx.ValueInfoProto]
+        self,
+        tensor: Tensor,
+        nodes: Sequence[onnx.NodeProto],
+        initializers: Sequence[TensorProto | onnx.ValueInfoProto],
     ) -> onnx.ModelProto:
         graph = helper.make_graph(
-            [node.proto for node in chain],
+            nodes,
             "constant",
             [value for value in initializers if isinstance(value, onnx.ValueInfoProto)],
             [onnx.ValueInfoProto(name=tensor.name)],
@@ -244,7 +252,8 @@ class ModelGraph:
         import onnxruntime as ort
 
         self._infer(tensor, chain)  # refuses absurd sizes before they are allocated
-        model = self._chain_model(tensor, chain, [self._inline(source) for source in self.sources(tensor)])
+        nodes = [node.proto for node in chain]
+        model = self._chain_model(tensor, nodes, [self._inline(source) for source in self.sources(tensor)])
         name = f"{tensor.name}__float"
         model.graph.node.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
         del model.graph.output[:]
@@ -266,6 +275,16 @@ class ModelGraph:
         if tensor.data_location != TensorProto.EXTERNAL:
             return tensor
         return numpy_helper.from_array(self.model.array(tensor), tensor.name)
+
+
+def _standard(node: GraphNode) -> onnx.NodeProto:
+    """Return the message of a node of a chain, in the domain in which shape inference knows it."""
+    if node.proto.domain in STANDARD_DOMAINS:
+        return node.proto
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node.proto)
+    copy.domain = ""
+    return copy
 
 
 def _small(tensor: TensorProto) -> TensorProto | onnx.ValueInfoProto:
