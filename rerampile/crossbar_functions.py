@@ -93,9 +93,9 @@ class FunctionLibrary:
 
     Args:
         opset_imports: What the model imports; bodies are written in its own standard operator set.
-        quantised: Whether activations pass through QuantizeLinear, of whichever domain. Between DequantizeLinear and QuantizeLinear, ONNX
-            Runtime rounds constant float weights to 8 bits of its own accord, and so would what the cells hold; a
-            maximum with minus infinity behind the operator keeps it from that.
+        quantised: Whether activations pass through QuantizeLinear, of whichever domain. Between DequantizeLinear and
+            QuantizeLinear, ONNX Runtime rounds constant float weights to 8 bits of its own accord, and so would what
+            the cells hold; a maximum with minus infinity behind the operator keeps it from that.
     """
 
     def __init__(self, opset_imports: Sequence[onnx.OperatorSetIdProto], quantised: bool) -> None:
