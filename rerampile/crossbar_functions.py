@@ -21,10 +21,11 @@ from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without
 from rerampile.schemes import Coding
 
-__all__ = ["DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
+__all__ = ["CALL_PREFIX", "DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
 
 DOMAIN = "ai.rerampile"
 DOMAIN_VERSION = 1
+CALL_PREFIX = "Crossbar"  # of a function's name, in front of the operator's
 
 _FLOAT = TensorProto.FLOAT
 _ROUNDED_BY_ONNX_RUNTIME = ("Conv", "ConvTranspose", "Gemm")
@@ -164,7 +165,7 @@ class FunctionLibrary:
         )
         key = function.SerializeToString(deterministic=True)
         if key not in self._functions:
-            base = f"Crossbar{node.proto.op_type}"
+            base = f"{CALL_PREFIX}{node.proto.op_type}"
             number = self._names.get(base, 0) + 1
             self._names[base] = number
             function.name = base if number == 1 else f"{base}_{number}"

@@ -7,7 +7,7 @@ through it drops metadata, so that edits are made on the original messages (each
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
 
-__all__ = ["STANDARD_DOMAINS", "GraphNode", "ModelGraph", "Tensor"]
+__all__ = ["STANDARD_DOMAINS", "GraphNode", "ModelGraph", "Tensor", "named_nodes", "operator_of"]
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
@@ -40,6 +40,25 @@ _NAMESAKES = ("com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear")
 _LARGEST_CONSTANT = 2**30  # elements of a computed constant; a file of a few bytes can ask for any number
 
 
+def operator_of(node: onnx.NodeProto) -> str:
+    """Return the operator of a node, with its domain where it is not the standard one."""
+    return node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+
+
+def named_nodes(graph: onnx.GraphProto, scope: tuple[str, ...] = ()) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """Yield each node of a graph with its full name, subgraphs included, in the order of :class:`ModelGraph`."""
+    for node in graph.node:
+        name = _own_name(node)
+        yield "/".join((*scope, name)), node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from named_nodes(attribute.g, (*scope, name, attribute.name))
+
+
+def _own_name(node: onnx.NodeProto) -> str:
+    return node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
+
+
 @dataclass(eq=False)
 class GraphNode:
     """One node: its message, its linked view, and the graph it lies in.
@@ -48,7 +67,8 @@ class GraphNode:
         proto: The message, owned by the model.
         view: The graphsurgeon node; ``view.inputs`` and ``view.outputs`` are tensors.
         graph: The graph message that holds the node.
-        scope: Names of the nodes around it, outermost first; empty in the main graph.
+        scope: Names of the nodes around it, each before the attribute that holds the graph, outermost first; empty in
+            the main graph.
         name: Readable name: the node's own, or its operator and first output.
     """
 
@@ -61,8 +81,7 @@ class GraphNode:
     @property
     def op(self) -> str:
         """Operator, with its domain where it is not the standard one."""
-        standard = self.proto.domain in STANDARD_DOMAINS
-        return self.proto.op_type if standard else f"{self.proto.domain}.{self.proto.op_type}"
+        return operator_of(self.proto)
 
     @property
     def full_name(self) -> str:
@@ -115,7 +134,7 @@ class ModelGraph:
         scopes = (*outer, {tensor.name: tensor for tensor in graph.initializer})
         self._outputs.update(id(tensor) for tensor in view.outputs)
         for proto, node_view in zip(graph.node, view.nodes, strict=True):
-            name = proto.name or f"{proto.op_type}_{next(iter(filter(None, proto.output)), len(self.nodes))}"
+            name = _own_name(proto)
             node = GraphNode(proto=proto, view=node_view, graph=graph, scope=scope, name=name)
             self.nodes.append(node)
             self._by_view[id(node_view)] = node
@@ -126,7 +145,7 @@ class ModelGraph:
                         self._initializers[id(tensor)] = known
             for attribute in proto.attribute:
                 if attribute.HasField("g"):
-                    self._add(node_view.attrs[attribute.name], attribute.g, (*scope, name), scopes)
+                    self._add(node_view.attrs[attribute.name], attribute.g, (*scope, name, attribute.name), scopes)
 
     def producer(self, tensor: Tensor) -> GraphNode | None:
         """Return the node that makes ``tensor``, or None for inputs and initializers."""

@@ -185,10 +185,37 @@ def test_inspect_of_a_model_where_nothing_maps(parse_model: Callable[..., onnx.M
 
 def test_verify_says_what_it_checked(folder: Path) -> None:
     shown = call("verify", folder).stdout
-    for fact in ("files as compiled", "1,496 weights in one place", "2 layers decoded", "'scores' off by", "verified"):
+    for fact in (
+        "the plan and 4 files as compiled",
+        "1,496 weights in one place",
+        "2 layers decoded",
+        "'scores' off by",
+        "verified",
+    ):
         assert fact in shown
     data = json.loads(call("verify", folder, "--json").stdout)
     assert data["verification"]["outputs"][0]["relative_error"] < 1e-4
+
+
+def test_what_compared_nothing_says_so(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    model = '<ir_version: 8, opset_import: ["" : 17]> m (float[0, 2] x) => (float[0, 2] y) { y = MatMul (x, W) }'
+    onnx.save(parse_model(model, W=np.eye(2, dtype=np.float32)), tmp_path / "m.onnx")
+    compiled = call("compile", tmp_path / "m.onnx", "-o", tmp_path / "out")
+    assert "output error nothing to compare" in compiled.stderr
+    for shown in (compiled.stdout, call("verify", tmp_path / "out").stdout, call("show", tmp_path / "out").stdout):
+        assert "nothing was compared: every output is empty" in shown
+
+
+def test_values_that_cannot_be_given_any_more_are_shown(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path, folder: Path
+) -> None:
+    model = (
+        '<ir_version: 8, opset_import: ["" : 17]> m (float[1,2] x, float[2,2] W) => (float[1,2] y) {y = MatMul (x, W)}'
+    )
+    onnx.save(parse_model(model, W=np.eye(2, dtype=np.float32)), tmp_path / "m.onnx")
+    shown = call("compile", tmp_path / "m.onnx", "-o", tmp_path / "other").stdout
+    assert re.search(r"^inputs +'W': the default values are in cells and biases, others have no", shown, re.MULTILINE)
+    assert not re.search(r"^inputs ", call("show", folder).stdout, re.MULTILINE)
 
 
 def test_verify_fails_on_a_changed_file(folder: Path) -> None:

@@ -46,6 +46,7 @@ NAN, INF = np.nan, np.inf
 def test_output_error(found: list[Any], reference: list[Any], error: float, relative: float) -> None:
     result = output_error("y", np.array(found), np.array(reference))
     assert (result.output, result.max_abs_error, result.relative_error) == ("y", error, relative)
+    assert result.numbers == len(reference)
 
 
 def test_outputs_of_other_kinds() -> None:
@@ -138,3 +139,10 @@ def test_outputs_of_nothing_but_nan_prove_nothing(parse_model: Callable[..., onn
     )
     with pytest.raises(FaultRunError, match="every output is NaN, so that nothing can be compared"):
         compile_model(model, out=tmp_path / "out")
+
+
+def test_inputs_that_give_no_outputs_prove_nothing(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", image=np.zeros((0, 3, 4, 4), np.float32))
+    with pytest.raises(FaultRunError, match=r"none\.npz: every output is empty for these inputs"):
+        compile_model(small_model, out=tmp_path / "out", inputs=tmp_path / "none.npz")
+    assert not (tmp_path / "out").exists()
