@@ -9,6 +9,7 @@ import click
 
 from rerampile.chip_options import fault_options, seed_option
 from rerampile.command import PATH, examples
+from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -38,7 +39,8 @@ def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out
     deployment = load_deployment(folder)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, faults[0], deployment.target, seed=seed, run=run) for run in range(runs)]
-    write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(faults[0])})
+    with cleaned_up():
+        write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(faults[0])})
     cells = sum(len(chip) for chip in chips)
     click.echo(f"{out}: {runs} chips, {cells:,} stuck of {runs * geometry.cells:,} cells", err=True)
 

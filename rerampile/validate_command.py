@@ -19,6 +19,7 @@ from rerampile.chip_options import (
 )
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -94,7 +95,7 @@ def validate(
     requirements = [Requirement.parse(text) for text in required]
     place = out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation")
     place.mkdir(parents=True, exist_ok=True)
-    with chips_progress(quiet) as progress:
+    with cleaned_up(), chips_progress(quiet) as progress:
         report = run_validation(
             experiment,
             place / "journal.jsonl",
@@ -103,7 +104,8 @@ def validate(
             **effort,
         )
     command = f"rerampile {shlex.join(sys.argv[1:])}"
-    written = write_report(place, report, command=command, picture=most_hit_array(experiment))
+    with cleaned_up():
+        written = write_report(place, report, command=command, picture=most_hit_array(experiment))
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:

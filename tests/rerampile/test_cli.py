@@ -461,13 +461,13 @@ def test_no_room_for_the_deployment(small_model_file: Path, tmp_path: Path) -> N
 # Map stops there until a signal comes, whatever the machine's speed.
 STOPS_IN_MAP = """
 import sys, time
-from rerampile.cli import main
+from rerampile.__main__ import main
 from rerampile.passes.map import Map
 def run(*_):
     print("in map", file=sys.stderr, flush=True)
     time.sleep(60)
 Map.run = run
-main(sys.argv[1:])
+main()
 """
 
 
@@ -486,6 +486,44 @@ def test_an_interrupted_compile_leaves_nothing_behind(
         process.send_signal(number)
         assert process.stderr.read() == "Aborted\n"
     assert process.returncode == code
+    assert list(tmp_path.iterdir()) == [small_model_file]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
+@pytest.mark.parametrize("module", ["click", "numpy", "onnxruntime"])
+def test_a_signal_while_libraries_are_imported(
+    module: str, number: int, code: int, small_model_file: Path, tmp_path: Path
+) -> None:
+    """There is nothing to clean up, and a library that is interrupted half-way may raise anything."""
+    probe = f"""
+import os, sys
+from rerampile.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), {int(number)})
+            except KeyboardInterrupt:
+                raise ImportError("a library that makes something else of it")
+
+sys.meta_path.insert(0, Interrupts())
+main()
+"""
+    done = _python(probe, "compile", small_model_file, "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (code, "Aborted\n")
+    assert list(tmp_path.iterdir()) == [small_model_file]
+
+
+def test_an_interruption_that_a_library_makes_something_else_of(small_model_file: Path, tmp_path: Path) -> None:
+    change = "try: os.kill(os.getpid(), signal.SIGTERM)\n    except KeyboardInterrupt: raise ImportError('numpy')"
+    probe = "import os, signal\n" + STOPS_IN_MAP.replace("time.sleep(60)", change)
+    done = _python(probe, "compile", small_model_file, "-o", tmp_path / "out")
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "Aborted"
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [small_model_file]
 
 
