@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
+from rerampile.files import require_regular
 from rerampile.matrix_view import MatrixView
 from rerampile.schemes import Scheme
 
@@ -576,6 +577,7 @@ def read_plan(path: Path) -> Plan:
         PlanFormatError: It is missing, absurdly large or no plan.
     """
     try:
+        require_regular(path)
         if path.stat().st_size > _LARGEST_PLAN:
             raise PlanFormatError(f"{path}: {path.stat().st_size} bytes, expected a plan of at most {_LARGEST_PLAN}")
         return decode_plan(path.read_bytes(), str(path))

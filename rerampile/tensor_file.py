@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import InternalError, PlanFormatError
+from rerampile.files import require_regular
 
 __all__ = ["TensorFile", "TensorSpec", "TensorWriter"]
 
@@ -200,6 +201,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            require_regular(path)
             size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, DataError
+from rerampile.files import require_regular
 from rerampile.plan import Plan
 from rerampile.target import Target
 from rerampile.tensor_file import TensorWriter
@@ -216,6 +217,7 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
     geometry = ChipGeometry.of(deployment)
     digest = placement_digest(deployment.plan)
     try:
+        require_regular(path)
         if path.suffix == ".csv":
             table, chips = _read_csv(path), None
         else:

@@ -26,12 +26,13 @@ from rich.console import Console
 from rerampile.cli import main
 from rerampile.compiler import PASSES
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.errors import InternalError
+from rerampile.errors import InternalError, PlanFormatError
 from rerampile.passes.map import Map
 from rerampile.plan import read_plan
 from rerampile.schemes import SCHEMES
 from rerampile.show import printable, show_array
 from rerampile.target import preset_names, preset_text
+from rerampile.tensor_file import TensorFile
 
 COMMANDS = sorted(main.commands)
 
@@ -277,6 +278,29 @@ def test_targets(tmp_path: Path) -> None:
     assert "did you mean isaac" in fail("targets", "issac")
     assert "did you mean isaac" in fail("targets", "issac", "--json")
     assert tomllib.loads(call("targets", "paper").stdout)["rows"] == 128
+
+
+# Pipes and devices.
+
+
+@pytest.mark.parametrize("option", ["--masks", "--inputs", "--target"])
+@pytest.mark.parametrize("ending", ["npz", "safetensors", "toml"])
+def test_pipes_are_not_opened(option: str, ending: str, small_model_file: Path, tmp_path: Path) -> None:
+    """Nobody writes into it: opened, it would wait forever."""
+    pipe = tmp_path / f"pipe.{ending}"
+    os.mkfifo(pipe)
+    assert f"pipe.{ending}: " in fail("compile", small_model_file, "-o", tmp_path / "out", option, pipe)
+
+
+def test_a_plan_that_is_a_pipe(folder: Path) -> None:
+    (folder / "plan.json").unlink()
+    os.mkfifo(folder / "plan.json")
+    assert "no plan.json in it" in fail("verify", folder)
+    assert "plan.json: cannot be read: a device or a pipe" in fail("show", folder)
+    (folder / "conductances.safetensors").unlink()
+    os.mkfifo(folder / "conductances.safetensors")
+    with pytest.raises(PlanFormatError, match="cannot be read: a device or a pipe"):
+        TensorFile(folder / "conductances.safetensors")
 
 
 # One array.
