@@ -165,37 +165,49 @@ class ModelGraph:
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is an initializer, or computed from initializers alone by deterministic operators."""
-        if id(tensor) not in self._constant:
-            self._constant[id(tensor)] = False  # a cycle, which the checker refuses, would end here
-            self._constant[id(tensor)] = self._find_constant(tensor)
+        waiting = [tensor]
+        opened: set[int] = set()
+        while waiting:  # by hand: a chain may be longer than calls may nest
+            value = waiting[-1]
+            sources = self._constant_sources(value)
+            unknown = [source for source in sources or () if id(source) not in self._constant]
+            if unknown and id(value) not in opened:
+                opened.add(id(value))  # a cycle, which the checker refuses, would end here
+                waiting += unknown
+                continue
+            waiting.pop()
+            constant = sources is not None and all(self._constant.get(id(source), False) for source in sources)
+            self._constant[id(value)] = constant
         return self._constant[id(tensor)]
 
-    def _find_constant(self, tensor: Tensor) -> bool:
+    def _constant_sources(self, tensor: Tensor) -> list[Tensor] | None:
+        """Return what a constant is computed from, or None where it cannot be one whatever that is."""
         if id(tensor) in self._initializers:
-            return True
+            return []
         node = self.producer(tensor)
         if node is None or node.random:
-            return False
+            return None
         if node.proto.domain not in STANDARD_DOMAINS and node.op not in _NAMESAKES:
-            return False
+            return None
         if any(a.HasField("g") or a.graphs for a in node.proto.attribute):
-            return False
-        return all(self.is_constant(t) for t, name in zip(node.view.inputs, node.proto.input, strict=True) if name)
+            return None
+        return _sources(node)
 
     def chain(self, tensor: Tensor) -> list[GraphNode]:
         """Return the nodes that compute a constant, in the order in which they run; none for an initializer."""
         found: dict[int, GraphNode] = {}
-
-        def visit(value: Tensor) -> None:
-            node = self.producer(value)
-            if node is None or id(node) in found or id(value) in self._initializers:
-                return
-            for source, name in zip(node.view.inputs, node.proto.input, strict=True):
-                if name:
-                    visit(source)
-            found[id(node)] = node
-
-        visit(tensor)
+        opened: set[int] = set()
+        waiting = [tensor]
+        while waiting:
+            value = waiting[-1]
+            node = None if id(value) in self._initializers else self.producer(value)
+            if node is None or id(node) in opened:
+                waiting.pop()
+                if node is not None:
+                    found.setdefault(id(node), node)
+                continue
+            opened.add(id(node))
+            waiting += reversed(_sources(node))
         return list(found.values())
 
     def sources(self, tensor: Tensor) -> list[TensorProto]:
@@ -294,6 +306,11 @@ class ModelGraph:
         if tensor.data_location != TensorProto.EXTERNAL:
             return tensor
         return numpy_helper.from_array(self.model.array(tensor), tensor.name)
+
+
+def _sources(node: GraphNode) -> list[Tensor]:
+    """Return the tensors that a node reads, absent ones left out."""
+    return [source for source, name in zip(node.view.inputs, node.proto.input, strict=True) if name]
 
 
 def _standard(node: GraphNode) -> onnx.NodeProto:

@@ -840,3 +840,15 @@ def test_a_statically_quantised_model(
     )
     assert matrices(deployment) == {"W": [1, 4, 27]}
     assert deployment.plan.layers[0].constant_chain == ["DequantizeLinear_w"]
+
+
+def test_a_chain_longer_than_calls_may_nest(compile_text: Compile, weight: Weight) -> None:
+    steps = " ".join(f"c{n + 1} = Identity (c{n})" for n in range(1500))
+    deployment = compile_text(
+        f"{HEADER} g (float[2,4] x) => (float[2,3] y) {{ c0 = Neg (W) {steps} y = MatMul (x, c1500) }}",
+        {"W": weight(4, 3)},
+    )
+    (layer,) = deployment.plan.layers
+    assert len(layer.constant_chain) == 1501
+    assert layer.constant_chain[:2] == ["Neg_c0", "Identity_c1"]
+    assert deployment.plan.digital == []
