@@ -376,6 +376,7 @@ def _write_npy(path: Path, deployment: Deployment, array_id: int) -> None:
 
     from rerampile.errors import ConfigError
 
+    deployment.require_outside(path)
     cells = deployment.array(array_id)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with cleaned_up():

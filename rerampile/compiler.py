@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import re
 import shutil
@@ -111,6 +112,9 @@ def _run_passes(unit: Unit, passes: Sequence[Pass], progress: Progress) -> None:
         progress(number, len(passes), step.name, time.perf_counter() - started, summary)
         if unit.options.keep_stages:
             _keep_stage(unit, number, step.name, summary)
+    if unit.plan is None or unit.plan.verification is None:
+        names = ", ".join(step.name for step in passes) or "none"
+        raise ConfigError(f"passes {names}: wrote no verified plan, expected 'emit' and 'verify' last, as in PASSES")
 
 
 def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) -> None:
@@ -272,4 +276,8 @@ def _known_scale(scale: str) -> Literal["tensor", "channel"]:
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:
     if prune is None:
         return {}
-    return {"*": float(prune)} if isinstance(prune, (int, float)) else dict(prune)
+    ratios: dict[str, Any] = dict(prune) if isinstance(prune, Mapping) else {"*": prune}
+    for name, ratio in ratios.items():
+        if not isinstance(ratio, numbers.Real):
+            raise ConfigError(f"prune {'' if name == '*' else f'{name}='}{ratio!r}: expected a number from 0 up to 1")
+    return {name: float(ratio) for name, ratio in ratios.items()}

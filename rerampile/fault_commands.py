@@ -37,6 +37,7 @@ def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out
     if len(faults) != 1:
         raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment = load_deployment(folder)
+    deployment.require_outside(out)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, faults[0], deployment.target, seed=seed, run=run) for run in range(runs)]
     with cleaned_up():
@@ -60,6 +61,8 @@ def show_faults(folder: Path, file: Path, chip: int, array_id: int, png: Path | 
 
     deployment = load_deployment(folder)
     deployment.array_plan(array_id)
+    if png is not None:
+        deployment.require_outside(png)
     chips = read_fault_maps(file, deployment)
     if chip >= len(chips):
         raise ConfigError(f"{file}: no chip {chip}, expected 0 to {len(chips) - 1}")

@@ -72,8 +72,16 @@ class ChipGeometry:
 
     @classmethod
     def of(cls, deployment: Deployment) -> ChipGeometry:
-        """Return the geometry of the chip that a plan is for."""
+        """Return the geometry of the chip that a plan is for.
+
+        Raises:
+            ConfigError: It takes no array.
+        """
         arrays = deployment.plan.arrays
+        if not arrays:
+            raise ConfigError(
+                f"{deployment.folder}: has no arrays, because every weight is zero: there is no cell that could fail"
+            )
         return cls(
             arrays=len(arrays),
             rows=deployment.target.rows,

@@ -705,6 +705,8 @@ def test_a_deployed_model_compiles_again(prune: float | None, compile_text: Comp
     again = compile_model(first.model_path, out=first.folder.parent / "again", prune=prune)
     (layer,) = again.plan.layers
     assert (layer.outputs, layer.inputs) == (3, 4)
+    imported = [o.domain for o in onnx.load(again.model_path, load_external_data=False).opset_import]
+    assert sorted(imported) == ["", "ai.rerampile"]
     if prune is None:
         np.testing.assert_allclose(again.weights(layer), first.weights(first.plan.layers[0]), rtol=1e-5)
 

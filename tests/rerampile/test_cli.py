@@ -327,6 +327,33 @@ def test_npy_replaces_a_file_and_leaves_nothing_else(folder: Path, tmp_path: Pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["plan.json", "conductances.safetensors", "array.npy", "stages/array.npy"])
+def test_nothing_is_written_into_a_deployment(name: str, folder: Path, tmp_path: Path) -> None:
+    """Its own files would be lost, and others would be in the way of the next one."""
+    call("faults", "draw", folder, "--failure-rate", "0.01", "-o", tmp_path / "chips.csv")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    message = f"{name}: lies in the deployment '{folder}', which holds its own files only; name another place"
+    assert message in fail("show", folder, "--array", "0", "--npy", folder / name)
+    assert message in fail("faults", "draw", folder, "--failure-rate", "0.01", "-o", folder / name)
+    result = call("faults", "show", folder, tmp_path / "chips.csv", "--png", folder / name, code=1)
+    assert message in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_deployment_without_arrays(small_model_file: Path, tmp_path: Path) -> None:
+    """Everything pruned is legal, and has nothing that could fail."""
+    masks = {"conv_weight": np.zeros((8, 3, 3, 3), np.bool_), "fc_weight": np.zeros((10, 128), np.bool_)}
+    np.savez(tmp_path / "masks.npz", **masks)
+    out = tmp_path / "out"
+    call("compile", small_model_file, "-o", out, "--masks", tmp_path / "masks.npz", "-q")
+    call("verify", out)
+    assert "arrays   0" in call("show", out).stdout
+    assert f"{out}: no array 0, there is none: every weight is zero" in fail("show", out, "--array", "0")
+    message = f"{out}: has no arrays, because every weight is zero: there is no cell that could fail"
+    assert message in fail("validate", out, "--runs", "1", "--images", "2", "-o", tmp_path / "report")
+    assert message in fail("faults", "draw", out, "--failure-rate", "0.1", "-o", tmp_path / "chips.csv")
+
+
 def _picture(deployment: Deployment, **options: Any) -> list[str]:
     """Return the lines between the edges of the picture of array 0, on a terminal of 80 columns."""
     out = Console(file=io.StringIO(), width=80, markup=False, highlight=False, **options)

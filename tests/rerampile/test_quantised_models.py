@@ -54,3 +54,27 @@ def test_plain_onnxruntime_keeps_the_weights(
     unoptimised = ort.InferenceSession(str(deployment.model_path), plainly).run(None, values)[0]
     assert np.count_nonzero(optimised != unoptimised) <= 1  # a sum taken in another order may tip one rounding
     assert np.unique(unoptimised).size > 10
+
+
+@pytest.mark.parametrize("operator", ["Conv", "Gemm"])
+def test_half_precision_around_quantisers(
+    operator: str, parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """What keeps ONNX Runtime from rounding the weights is of the type that the operator gives."""
+    given, result, shape = OPERATORS[operator]
+    given, result = given.replace("float", "float16"), result.replace("float", "float16")
+    rng = np.random.default_rng(0)
+    model = parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 19]> quantised ({given}) => ({result}) {{
+            xq = QuantizeLinear (x, scale, zero)
+            xd = DequantizeLinear (xq, scale, zero)
+            c = {operator} (xd, weight)
+            yq = QuantizeLinear (c, scale, zero)
+            y = DequantizeLinear (yq, scale, zero)
+        }}""",
+        weight=rng.standard_normal(shape).astype(np.float16),
+        scale=np.float16(0.1).reshape(()),
+        zero=np.array(128, np.uint8),
+    )
+    deployment = compile_model(model, out=tmp_path / "deployment")
+    assert [layer.element_type for layer in deployment.plan.layers] == ["float16"]
