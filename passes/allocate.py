@@ -52,7 +52,7 @@ class Allocate:
         before_packing = len(bins)
         if unit.options.pack:
             bins = _pack(grid, bins)
-        _check_capacity(unit.target, len(bins) * len(grid.roles))
+        _check_capacity(unit.target, len(bins) * len(grid.roles), unit.options.pack)
         return replace(
             unit,
             arrays=tuple(_place(grid, unit.target, bins)),
@@ -263,11 +263,12 @@ def _pack(grid: _Grid, bins: Sequence[_Bin]) -> list[_Bin]:
     return packed
 
 
-def _check_capacity(target: Target, needed: int) -> None:
+def _check_capacity(target: Target, needed: int, packed: bool) -> None:
     if target.arrays is not None and needed > target.arrays:
+        share = "" if packed else "let small partitions share arrays with --pack, "
         raise CapacityError(
             f"the model needs {needed} arrays of {target.rows} x {target.columns} cells, target '{target.name}' has "
-            f"{target.arrays}; prune more, pack small partitions, or take a target with more or larger arrays"
+            f"{target.arrays}; prune more, {share}or take a target with more or larger arrays"
         )
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import reprlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from rerampile.deployment import Deployment, footprint, layer_coding
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region, plan_checksum
 from rerampile.schemes import Coding, row_chunks
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
@@ -27,7 +28,7 @@ _PAGES_HELD = 1 << 26  # bytes of the conductance file that decoding keeps in me
 
 
 def check_checksums(deployment: Deployment) -> None:
-    """Compare every file with the checksum that the plan records.
+    """Compare the plan with its own checksum, and every other file with the one that the plan records.
 
     Raises:
         PlanFormatError: A file was changed, or one that every such folder has is not in the plan.
@@ -35,15 +36,19 @@ def check_checksums(deployment: Deployment) -> None:
     expected = {CONDUCTANCES, DEPLOYED, REFERENCE}
     if any(layer.mask is not None for layer in deployment.plan.layers):
         expected.add(MASKS)
+    path = deployment.folder / PLAN
+    _compare_hashes(path, plan_checksum(path.read_bytes(), deployment.plan), deployment.plan.plan_sha256)
     if missing := expected - deployment.plan.files.keys():
         raise PlanFormatError(f"{deployment.folder / PLAN}: $.files: '{min(missing)}' is missing; the plan was changed")
     for name, record in deployment.plan.files.items():
-        found = file_sha256(deployment.folder / name)
-        if found != record.sha256:
-            raise PlanFormatError(
-                f"{deployment.folder / name}: sha256 {found[:16]}…, expected {record.sha256[:16]}…; "
-                f"it was changed after it was compiled"
-            )
+        _compare_hashes(deployment.folder / name, file_sha256(deployment.folder / name), record.sha256)
+
+
+def _compare_hashes(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise PlanFormatError(
+            f"{path}: sha256 {found[:16]}…, expected {expected[:16]}…; it was changed after it was compiled"
+        )
 
 
 def check_placement(deployment: Deployment) -> None:

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -21,12 +21,13 @@ import click
 from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
+from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
 from rerampile.prune_command import prune
 from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
     from rerampile.deployment import Deployment
 
@@ -51,8 +52,7 @@ class _Commands(click.Group):
         from rerampile.errors import RerampileError
 
         try:
-            with _signals_interrupt():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business; a reader that left is no error
         except RerampileError as error:
@@ -64,6 +64,8 @@ class _Commands(click.Group):
         except OSError as error:
             _stop(f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         except Exception as error:
+            if (number := received_signal()) is not None:  # a library made something else of it
+                _stop("Aborted", 128 + number)
             traceback.print_exc()
             click.echo(_BUG, err=True)
             raise click.exceptions.Exit(_INTERNAL_ERROR) from error
@@ -75,23 +77,6 @@ def _stop(line: str, exit_code: int = 1) -> NoReturn:
 
     click.echo(printable(line), err=True)
     raise click.exceptions.Exit(exit_code)
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let a request to end run the same clean-up as Ctrl-C; signals that are ignored (nohup) stay so."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class _Progress:
@@ -234,7 +219,7 @@ def compile_(
 
     if verbose:
         _say_versions()
-    with _Progress(quiet) as progress:
+    with cleaned_up(), _Progress(quiet) as progress:
         deployment = compile_model(
             model,
             out=out or Path(f"{model.stem}.deployment"),
@@ -380,16 +365,18 @@ def _write_npy(path: Path, deployment: Deployment, array_id: int) -> None:
 
     from rerampile.errors import ConfigError
 
+    deployment.require_outside(path)
     cells = deployment.array(array_id)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, cells, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with cleaned_up():
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, cells, allow_pickle=False)
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
     click.echo(f"{path}: {cells.dtype} {list(cells.shape)}", err=True)
 
 

@@ -28,6 +28,7 @@ from rerampile.command import (
     scale_option,
     target_options,
 )
+from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -112,11 +113,12 @@ def compare(
     validations = []
     for experiment in experiments:
         name = experiment.folder.resolve().name
-        with chips_progress(quiet, name) as progress:
+        with cleaned_up(), chips_progress(quiet, name) as progress:
             validations.append(validate(experiment, place / f"{name}.journal.jsonl", progress=progress, **effort))
     report = compare_validations(validations, drop=drop)
     command = f"rerampile {shlex.join(sys.argv[1:])}"
-    write_report(place, report, command=command, picture=most_hit_array(experiments[0]))
+    with cleaned_up():
+        write_report(place, report, command=command, picture=most_hit_array(experiments[0]))
     if as_json:
         print_json(msgspec.to_builtins(report))
         return
@@ -149,7 +151,8 @@ def _compiled(
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise click.UsageError(f"--mappings {','.join(names)}: expected two or more different ones")
     resolved = Target.load(target, settings)
-    return [
-        compile_model(model, out=place / f"{name}.deployment", target=resolved, mapping=name, scale=scale).folder
-        for name in names
-    ]
+    with cleaned_up():
+        return [
+            compile_model(model, out=place / f"{name}.deployment", target=resolved, mapping=name, scale=scale).folder
+            for name in names
+        ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import numbers
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError
 from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
-from rerampile.onnx_file import load_model_file
+from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
 from rerampile.runtime.verify import Verify
@@ -95,6 +97,7 @@ def compile_model(
         raise ConfigError(f"tolerance {tolerance:g}: expected 0 or more")
     with _uncollected():
         loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
+        _check_outside(Path(out), loaded, options)
         with _written_whole(Path(out)) as folder:
             unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
             _run_passes(unit, passes, progress or (lambda *_: None))
@@ -111,6 +114,9 @@ def _run_passes(unit: Unit, passes: Sequence[Pass], progress: Progress) -> None:
         progress(number, len(passes), step.name, time.perf_counter() - started, summary)
         if unit.options.keep_stages:
             _keep_stage(unit, number, step.name, summary)
+    if unit.plan is None or unit.plan.verification is None:
+        names = ", ".join(step.name for step in passes) or "none"
+        raise ConfigError(f"passes {names}: wrote no verified plan, expected 'emit' and 'verify' last, as in PASSES")
 
 
 def _keep_stage(unit: Unit, number: int, name: str, summary: Mapping[str, Any]) -> None:
@@ -194,21 +200,60 @@ def _check_replaceable(out: Path) -> None:
                 f"name another one with -o, or empty it"
             ) from error
         files = {CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, REFERENCE}
-    others = sorted(entry.name for entry in out.iterdir() if entry.name not in {PLAN, STAGES, *files})
-    if others:
+    if others := _others(out, {PLAN, *files}):
         raise ConfigError(
             f"{out}: holds '{others[0]}' beside an earlier deployment, which would be lost; "
             f"move it away, or name another folder with -o"
         )
 
 
+def _others(out: Path, files: Collection[str]) -> list[str]:
+    """Return what lies in an earlier deployment and is not of its making."""
+    stages = out / STAGES
+    found = [entry for entry in out.iterdir() if entry != stages and not (entry.name in files and _is_regular(entry))]
+    if stages.is_dir() and not stages.is_symlink():
+        found += [entry for entry in stages.iterdir() if not _is_stage(entry)]
+    elif stages.exists() or stages.is_symlink():
+        found.append(stages)
+    return sorted(str(entry.relative_to(out)) for entry in found)
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_stage(path: Path) -> bool:
+    """Whether a file is what ``--keep-stages`` writes; passes of the user's own have any name."""
+    return _is_regular(path) and bool(re.fullmatch(r"\d+-.+\.json", path.name)) and _begins_with(path, b'"pass": ')
+
+
 def _looks_like_plan(path: Path) -> bool:
     """Whether a damaged or newer deployment lies there, which may be replaced."""
+    return _begins_with(path, b'"rerampile-plan"')
+
+
+def _begins_with(path: Path, text: bytes) -> bool:
+    """Whether a text stands in the first line or two of a file."""
     try:
         with path.open("rb") as file:
-            return b'"rerampile-plan"' in file.read(200)
+            return text in file.read(200)
     except OSError:
         return False
+
+
+def _check_outside(out: Path, model: ModelFile, options: CompileOptions) -> None:
+    """Refuse to replace a folder that holds what is compiled.
+
+    Raises:
+        ConfigError: The model, its external data, the masks or the inputs lie in ``out``.
+    """
+    given = [path for path in (model.path, options.masks, options.inputs) if path is not None]
+    given += [model.folder / location for location in model.external if model.folder is not None]
+    for path in given:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{path}: lies in '{out}', which would be replaced; name another folder with -o, or move it away"
+            )
 
 
 def _move_into_place(folder: Path, out: Path) -> None:
@@ -238,4 +283,8 @@ def _known_scale(scale: str) -> Literal["tensor", "channel"]:
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:
     if prune is None:
         return {}
-    return {"*": float(prune)} if isinstance(prune, (int, float)) else dict(prune)
+    ratios: dict[str, Any] = dict(prune) if isinstance(prune, Mapping) else {"*": prune}
+    for name, ratio in ratios.items():
+        if not isinstance(ratio, numbers.Real):
+            raise ConfigError(f"prune {'' if name == '*' else f'{name}='}{ratio!r}: expected a number from 0 up to 1")
+    return {name: float(ratio) for name, ratio in ratios.items()}

@@ -22,10 +22,11 @@ from rerampile.onnx_file import copy_without
 from rerampile.schemes import Coding
 from rerampile.weight_slots import slot_of
 
-__all__ = ["DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
+__all__ = ["CALL_PREFIX", "DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
 
 DOMAIN = "ai.rerampile"
 DOMAIN_VERSION = 1
+CALL_PREFIX = "Crossbar"  # of a function's name, in front of the operator's
 
 _FLOAT = TensorProto.FLOAT
 _ROUNDED_BY_ONNX_RUNTIME = ("Conv", "ConvTranspose", "Gemm")
@@ -53,9 +54,15 @@ class CellInputs:
 
 @dataclass
 class _Body:
-    """A function body under construction, in terms of its formal names, in a version of the standard operators."""
+    """A function body under construction, in terms of its formal names.
+
+    Attributes:
+        opset: Version of the standard operators that it is written in.
+        rank: Rank of the weight tensor.
+    """
 
     opset: int
+    rank: int
     inputs: list[str] = field(default_factory=list)
     nodes: list[NodeProto] = field(default_factory=list)
     attributes: dict[str, AttributeProto] = field(default_factory=dict)
@@ -88,9 +95,9 @@ class FunctionLibrary:
 
     Args:
         opset_imports: What the model imports; bodies are written in its own standard operator set.
-        quantised: Whether activations pass through QuantizeLinear. Between DequantizeLinear and QuantizeLinear, ONNX
-            Runtime rounds constant float weights to 8 bits of its own accord, and so would what the cells hold; a
-            maximum with minus infinity behind the operator keeps it from that.
+        quantised: Whether activations pass through QuantizeLinear, of whichever domain. Between DequantizeLinear and
+            QuantizeLinear, ONNX Runtime rounds constant float weights to 8 bits of its own accord, and so would what
+            the cells hold; a maximum with minus infinity behind the operator keeps it from that.
     """
 
     def __init__(self, opset_imports: Sequence[onnx.OperatorSetIdProto], quantised: bool) -> None:
@@ -121,7 +128,8 @@ class FunctionLibrary:
             data: Name of the data input where folding moved it, or None.
             outputs: Output names of the call.
         """
-        body, actual = _Body(max((o.version for o in self._opset_imports), default=1)), []
+        rank = len(next(iter(weights.values())).layer.view.tensor_shape)
+        body, actual = _Body(max((o.version for o in self._opset_imports), default=1), rank), []
         formals: dict[int, str] = {}
         # The cells hold weights from which their zero point is subtracted already.
         replaced = {slot_of(node, slot).zero_point for slot in weights} | ({2} if bias is not None else set())
@@ -158,7 +166,7 @@ class FunctionLibrary:
         )
         key = function.SerializeToString(deterministic=True)
         if key not in self._functions:
-            base = f"Crossbar{node.proto.op_type}"
+            base = f"{CALL_PREFIX}{node.proto.op_type}"
             number = self._names.get(base, 0) + 1
             self._names[base] = number
             function.name = base if number == 1 else f"{base}_{number}"
@@ -288,8 +296,7 @@ def _qlinear_conv(body: _Body, node: GraphNode, formals: Mapping[int, str], resu
     if 8 in formals:
         operands.append(body.op("Cast", [formals[8]], "bias_float", to=_FLOAT))
     total = _multiply(body, node, "Conv", operands)
-    rank = len(node.view.inputs[3].shape or ()) or 4
-    column = body.shape("channel_shape", [-1, *[1] * (rank - 2)])
+    column = body.shape("channel_shape", [-1, *[1] * (body.rank - 2)])
     weight_scale = body.op("Reshape", [_scale(body, formals, 4), column], "weight_scale")
     factor = body.op("Mul", [_scale(body, formals, 1), weight_scale], "factor")
     _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])

@@ -40,7 +40,8 @@ def deployed_model(unit: Unit, conductances: Mapping[str, TensorSpec]) -> onnx.M
     model.graph.CopyFrom(rewrite_graph(original.graph, edit.rewrite, edit.freed))
     model.graph.initializer.extend(edit.initializers)
     model.functions.extend(edit.crossbars.functions)
-    model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    if all(imported.domain != DOMAIN for imported in model.opset_import):  # a deployed model may be compiled again
+        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     model.ir_version = deployed_ir_version(original)
     _move_digital_tensors(unit, model)
     return model
@@ -71,7 +72,7 @@ class _Edit:
 
     @classmethod
     def of(cls, unit: Unit, specs: Mapping[str, TensorSpec]) -> _Edit:
-        quantised = any(node.op == "QuantizeLinear" for node in unit.graph.nodes)
+        quantised = any(node.proto.op_type == "QuantizeLinear" for node in unit.graph.nodes)
         edit = cls({}, set(), [], set(), FunctionLibrary(unit.model.proto.opset_import, quantised))
         names = UnusedNames(unit.model.proto)
         nodes: dict[int, tuple[GraphNode, dict[int, CellInputs]]] = {}

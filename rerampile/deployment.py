@@ -93,6 +93,8 @@ class Deployment:
         Raises:
             ConfigError: There is none of that id.
         """
+        if not self.plan.arrays:
+            raise ConfigError(f"{self.folder}: no array {array_id}, there is none: every weight is zero")
         if not 0 <= array_id < len(self.plan.arrays):
             raise ConfigError(f"{self.folder}: no array {array_id}, expected 0 to {len(self.plan.arrays) - 1}")
         return self.plan.arrays[array_id]
@@ -116,6 +118,17 @@ class Deployment:
         for partition in array.partitions:
             self._program(picture, array, partition)
         return picture
+
+    def require_outside(self, path: Path) -> None:
+        """Refuse to write a file into the deployment folder, over one of its own or beside them.
+
+        Raises:
+            ConfigError: The path lies in it.
+        """
+        if path.resolve().is_relative_to(self.folder.resolve()):
+            raise ConfigError(
+                f"{path}: lies in the deployment '{self.folder}', which holds its own files only; name another place"
+            )
 
     def _program(self, picture: npt.NDArray[Any], array: ArrayPlan, partition: Partition) -> None:
         """Write the cells of one partition into the picture of its array."""

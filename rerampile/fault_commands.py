@@ -9,6 +9,7 @@ import click
 
 from rerampile.chip_options import fault_options, seed_option
 from rerampile.command import PATH, examples
+from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -36,9 +37,11 @@ def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out
     if len(faults) != 1:
         raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment = load_deployment(folder)
+    deployment.require_outside(out)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, faults[0], deployment.target, seed=seed, run=run) for run in range(runs)]
-    write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(faults[0])})
+    with cleaned_up():
+        write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(faults[0])})
     cells = sum(len(chip) for chip in chips)
     click.echo(f"{out}: {runs} chips, {cells:,} stuck of {runs * geometry.cells:,} cells", err=True)
 
@@ -58,6 +61,8 @@ def show_faults(folder: Path, file: Path, chip: int, array_id: int, png: Path | 
 
     deployment = load_deployment(folder)
     deployment.array_plan(array_id)
+    if png is not None:
+        deployment.require_outside(png)
     chips = read_fault_maps(file, deployment)
     if chip >= len(chips):
         raise ConfigError(f"{file}: no chip {chip}, expected 0 to {len(chips) - 1}")

@@ -7,7 +7,7 @@ through it drops metadata, so that edits are made on the original messages (each
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from rerampile.errors import ModelError
 from rerampile.onnx_file import ModelFile
 
-__all__ = ["STANDARD_DOMAINS", "GraphNode", "ModelGraph", "Tensor"]
+__all__ = ["STANDARD_DOMAINS", "GraphNode", "ModelGraph", "Tensor", "named_nodes", "operator_of"]
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
@@ -35,7 +35,28 @@ _NOT_DETERMINISTIC = {
     "Multinomial",
     "Bernoulli",
 }
+# Outside the standard domain, but defined as their namesakes in it; exporters for ONNX Runtime put weights behind them.
+_NAMESAKES = ("com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear")
 _LARGEST_CONSTANT = 2**30  # elements of a computed constant; a file of a few bytes can ask for any number
+
+
+def operator_of(node: onnx.NodeProto) -> str:
+    """Return the operator of a node, with its domain where it is not the standard one."""
+    return node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+
+
+def named_nodes(graph: onnx.GraphProto, scope: tuple[str, ...] = ()) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """Yield each node of a graph with its full name, subgraphs included, in the order of :class:`ModelGraph`."""
+    for node in graph.node:
+        name = _own_name(node)
+        yield "/".join((*scope, name)), node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from named_nodes(attribute.g, (*scope, name, attribute.name))
+
+
+def _own_name(node: onnx.NodeProto) -> str:
+    return node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
 
 
 @dataclass(eq=False)
@@ -46,7 +67,8 @@ class GraphNode:
         proto: The message, owned by the model.
         view: The graphsurgeon node; ``view.inputs`` and ``view.outputs`` are tensors.
         graph: The graph message that holds the node.
-        scope: Names of the nodes around it, outermost first; empty in the main graph.
+        scope: Names of the nodes around it, each before the attribute that holds the graph, outermost first; empty in
+            the main graph.
         name: Readable name: the node's own, or its operator and first output.
     """
 
@@ -59,8 +81,7 @@ class GraphNode:
     @property
     def op(self) -> str:
         """Operator, with its domain where it is not the standard one."""
-        standard = self.proto.domain in STANDARD_DOMAINS
-        return self.proto.op_type if standard else f"{self.proto.domain}.{self.proto.op_type}"
+        return operator_of(self.proto)
 
     @property
     def full_name(self) -> str:
@@ -113,7 +134,7 @@ class ModelGraph:
         scopes = (*outer, {tensor.name: tensor for tensor in graph.initializer})
         self._outputs.update(id(tensor) for tensor in view.outputs)
         for proto, node_view in zip(graph.node, view.nodes, strict=True):
-            name = proto.name or f"{proto.op_type}_{next(iter(filter(None, proto.output)), len(self.nodes))}"
+            name = _own_name(proto)
             node = GraphNode(proto=proto, view=node_view, graph=graph, scope=scope, name=name)
             self.nodes.append(node)
             self._by_view[id(node_view)] = node
@@ -124,7 +145,7 @@ class ModelGraph:
                         self._initializers[id(tensor)] = known
             for attribute in proto.attribute:
                 if attribute.HasField("g"):
-                    self._add(node_view.attrs[attribute.name], attribute.g, (*scope, name), scopes)
+                    self._add(node_view.attrs[attribute.name], attribute.g, (*scope, name, attribute.name), scopes)
 
     def producer(self, tensor: Tensor) -> GraphNode | None:
         """Return the node that makes ``tensor``, or None for inputs and initializers."""
@@ -144,35 +165,49 @@ class ModelGraph:
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is an initializer, or computed from initializers alone by deterministic operators."""
-        if id(tensor) not in self._constant:
-            self._constant[id(tensor)] = False  # a cycle, which the checker refuses, would end here
-            self._constant[id(tensor)] = self._find_constant(tensor)
+        waiting = [tensor]
+        opened: set[int] = set()
+        while waiting:  # by hand: a chain may be longer than calls may nest
+            value = waiting[-1]
+            sources = self._constant_sources(value)
+            unknown = [source for source in sources or () if id(source) not in self._constant]
+            if unknown and id(value) not in opened:
+                opened.add(id(value))  # a cycle, which the checker refuses, would end here
+                waiting += unknown
+                continue
+            waiting.pop()
+            constant = sources is not None and all(self._constant.get(id(source), False) for source in sources)
+            self._constant[id(value)] = constant
         return self._constant[id(tensor)]
 
-    def _find_constant(self, tensor: Tensor) -> bool:
+    def _constant_sources(self, tensor: Tensor) -> list[Tensor] | None:
+        """Return what a constant is computed from, or None where it cannot be one whatever that is."""
         if id(tensor) in self._initializers:
-            return True
+            return []
         node = self.producer(tensor)
-        if node is None or node.proto.domain not in STANDARD_DOMAINS or node.random:
-            return False
+        if node is None or node.random:
+            return None
+        if node.proto.domain not in STANDARD_DOMAINS and node.op not in _NAMESAKES:
+            return None
         if any(a.HasField("g") or a.graphs for a in node.proto.attribute):
-            return False
-        return all(self.is_constant(t) for t, name in zip(node.view.inputs, node.proto.input, strict=True) if name)
+            return None
+        return _sources(node)
 
     def chain(self, tensor: Tensor) -> list[GraphNode]:
         """Return the nodes that compute a constant, in the order in which they run; none for an initializer."""
         found: dict[int, GraphNode] = {}
-
-        def visit(value: Tensor) -> None:
-            node = self.producer(value)
-            if node is None or id(node) in found or id(value) in self._initializers:
-                return
-            for source, name in zip(node.view.inputs, node.proto.input, strict=True):
-                if name:
-                    visit(source)
-            found[id(node)] = node
-
-        visit(tensor)
+        opened: set[int] = set()
+        waiting = [tensor]
+        while waiting:
+            value = waiting[-1]
+            node = None if id(value) in self._initializers else self.producer(value)
+            if node is None or id(node) in opened:
+                waiting.pop()
+                if node is not None:
+                    found.setdefault(id(node), node)
+                continue
+            opened.add(id(node))
+            waiting += reversed(_sources(node))
         return list(found.values())
 
     def sources(self, tensor: Tensor) -> list[TensorProto]:
@@ -213,7 +248,8 @@ class ModelGraph:
 
     def _infer(self, tensor: Tensor, chain: Sequence[GraphNode]) -> onnx.TypeProto.Tensor:
         """Infer type and shape of a computed constant from a graph of its chain, large initializers left out."""
-        model = self._chain_model(tensor, chain, tuple(_small(source) for source in self.sources(tensor)))
+        nodes = [_standard(node) for node in chain]
+        model = self._chain_model(tensor, nodes, tuple(_small(source) for source in self.sources(tensor)))
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
         values = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
         for name, value in values.items():
@@ -227,10 +263,13 @@ class ModelGraph:
         return found
 
     def _chain_model(
-        self, tensor: Tensor, chain: Sequence[GraphNode], initializers: Sequence[TensorProto | onnx.ValueInfoProto]
+        self,
+        tensor: Tensor,
+        nodes: Sequence[onnx.NodeProto],
+        initializers: Sequence[TensorProto | onnx.ValueInfoProto],
     ) -> onnx.ModelProto:
         graph = helper.make_graph(
-            [node.proto for node in chain],
+            nodes,
             "constant",
             [value for value in initializers if isinstance(value, onnx.ValueInfoProto)],
             [onnx.ValueInfoProto(name=tensor.name)],
@@ -244,7 +283,8 @@ class ModelGraph:
         import onnxruntime as ort
 
         self._infer(tensor, chain)  # refuses absurd sizes before they are allocated
-        model = self._chain_model(tensor, chain, [self._inline(source) for source in self.sources(tensor)])
+        nodes = [node.proto for node in chain]
+        model = self._chain_model(tensor, nodes, [self._inline(source) for source in self.sources(tensor)])
         name = f"{tensor.name}__float"
         model.graph.node.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
         del model.graph.output[:]
@@ -266,6 +306,21 @@ class ModelGraph:
         if tensor.data_location != TensorProto.EXTERNAL:
             return tensor
         return numpy_helper.from_array(self.model.array(tensor), tensor.name)
+
+
+def _sources(node: GraphNode) -> list[Tensor]:
+    """Return the tensors that a node reads, absent ones left out."""
+    return [source for source, name in zip(node.view.inputs, node.proto.input, strict=True) if name]
+
+
+def _standard(node: GraphNode) -> onnx.NodeProto:
+    """Return the message of a node of a chain, in the domain in which shape inference knows it."""
+    if node.proto.domain in STANDARD_DOMAINS:
+        return node.proto
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node.proto)
+    copy.domain = ""
+    return copy
 
 
 def _small(tensor: TensorProto) -> TensorProto | onnx.ValueInfoProto:

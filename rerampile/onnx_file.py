@@ -10,6 +10,7 @@ import hashlib
 import math
 import mmap
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from onnx import numpy_helper
 from rerampile.background import in_background
 from rerampile.detach import without_large_data
 from rerampile.errors import ModelError, UnsupportedModelError
+from rerampile.files import require_regular
 from rerampile.tensor_file import TensorSpec
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
 _PROTOBUF_LIMIT = 2**31 - 1
 _LARGEST_MESSAGE = 2**31 - 2**20  # what is left for the graph around large tensors
 _OWN_DATA = "\0"  # location of data that lie in the model file itself: no path can have this name
+_LONGEST_LOCATION = 1024  # of external data; what file systems take differs
 OLDEST_OPSET = 7
 
 
@@ -187,6 +190,7 @@ def _read(path: Path) -> ModelFile:
     try:
         if path.is_dir():
             raise ModelError(f"{path}: a folder, expected an ONNX model file")
+        require_regular(path)
         size = path.stat().st_size
         if size > _PROTOBUF_LIMIT:
             raise ModelError(
@@ -252,13 +256,25 @@ def _inside(folder: Path | None, location: str, tensor: onnx.TensorProto, where:
         raise ModelError(
             f"{where}: tensor '{tensor.name}' has external data, but the model came without a folder; pass its path"
         )
-    file = (folder / location.replace("\0", "")).resolve()
-    if not location or "\0" in location or Path(location).is_absolute() or not file.is_relative_to(folder.resolve()):
+    named: object = location  # bytes, where protobuf cannot decode it
+    if not isinstance(named, str) or "\0" in location or len(location) > _LONGEST_LOCATION:
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data at {reprlib.repr(location)}, expected the name of a file"
+        )
+    try:
+        file = (folder / location).resolve()
+        there = file.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}': external data file '{location}' cannot be looked at: "
+            f"{getattr(error, 'strerror', None) or error}"
+        ) from error
+    if not location or Path(location).is_absolute() or not file.is_relative_to(folder.resolve()):
         raise ModelError(
             f"{where}: tensor '{tensor.name}': external data at '{location}', outside the model's folder; "
             f"expected a relative path that stays inside it"
         )
-    if not file.is_file():
+    if not there:
         raise ModelError(
             f"{where}: tensor '{tensor.name}': external data file '{location}' is missing beside the model"
         )

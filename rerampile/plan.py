@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,11 +14,13 @@ import msgspec
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
+from rerampile.files import require_regular
 from rerampile.matrix_view import MatrixView
 from rerampile.schemes import Scheme
 
 __all__ = [
     "FORMAT_VERSION",
+    "NO_SHA256",
     "ArrayPlan",
     "Conventions",
     "DigitalPlan",
@@ -36,10 +39,12 @@ __all__ = [
     "Verification",
     "decode_plan",
     "encode_plan",
+    "plan_checksum",
     "read_plan",
 ]
 
 FORMAT_VERSION = 1
+NO_SHA256 = "0" * 64
 _LARGEST_PLAN = 1 << 30
 
 Count = Annotated[int, Meta(ge=0)]
@@ -78,6 +83,8 @@ class ModelRecord(_Record, kw_only=True, frozen=True):
         inlined_functions: Model-local functions that were inlined before compiling.
         converted_from_opset: Operator set of the file, where it was too old and converted up to ``opset``.
         deployed_ir_version: IR version of ``deployed.onnx``.
+        fixed_inputs: Graph inputs with a default value that cells or folded biases hold: another value has no effect
+            on those, and ``deployed.onnx`` has the input only where a digital node reads it too.
     """
 
     name: str
@@ -90,6 +97,7 @@ class ModelRecord(_Record, kw_only=True, frozen=True):
     inlined_functions: Count = 0
     converted_from_opset: Count | None = None
     deployed_ir_version: Count = 0
+    fixed_inputs: list[str] = []
 
 
 class Conventions(_Record, kw_only=True, frozen=True):
@@ -149,8 +157,8 @@ class Use(_Record, kw_only=True, frozen=True):
     """A graph node that reads a layer's weights.
 
     Attributes:
-        node: Name of the node in the user's model, behind the names of the nodes whose subgraphs it lies in, joined by
-            ``/``; a node without a name is called by its operator and first output.
+        node: Name of the node in the user's model, behind the names of the nodes and attributes whose subgraphs it lies
+            in, joined by ``/``; a node without a name is called by its operator and first output.
         op: Its operator.
         input: The input slot that reads the weights, from 0.
     """
@@ -167,11 +175,13 @@ class FoldPlan(_Record, kw_only=True, frozen=True):
         node: The folded node of the user's model, named as in ``uses``.
         op: Its operator.
         side: ``after``: it scaled the layer's outputs. ``before``: its inputs.
+        constant_chain: Nodes that computed its constants from initializers, in order.
     """
 
     node: str
     op: str
     side: Literal["before", "after"]
+    constant_chain: list[str] = []
 
 
 class MaskPlan(_Record, kw_only=True, frozen=True):
@@ -442,12 +452,14 @@ class OutputError(_Record, kw_only=True, frozen=True):
         max_abs_error: Largest difference.
         max_abs_reference: Largest magnitude of the reference.
         relative_error: ``max_abs_error / max_abs_reference``; the error itself where the reference is all zero.
+        numbers: How many numbers were compared; 0 where the output is empty, so that its error says nothing.
     """
 
     output: str
     max_abs_error: float
     max_abs_reference: float
     relative_error: float
+    numbers: Count
 
 
 class Verification(_Record, kw_only=True, frozen=True):
@@ -486,6 +498,7 @@ class Plan(_Record, kw_only=True, frozen=True):
     Attributes:
         format: What kind of file this is.
         format_version: Version of the format.
+        plan_sha256: Hash of this very file, with these 64 digits replaced by zeros.
         producer: The program that wrote it.
         model: The model that was compiled.
         target: The resolved hardware target, every key written out.
@@ -502,6 +515,7 @@ class Plan(_Record, kw_only=True, frozen=True):
 
     format: Literal["rerampile-plan"]
     format_version: Literal[1]
+    plan_sha256: Sha256
     producer: Producer
     model: ModelRecord
     target: dict[str, Any]
@@ -517,15 +531,25 @@ class Plan(_Record, kw_only=True, frozen=True):
 
 
 def encode_plan(plan: Plan) -> bytes:
-    """Return the plan as JSON: indented, one array or region a line, the same bytes for the same plan."""
+    """Return the plan as JSON: indented, one array or region a line, the same bytes for the same plan.
+
+    The hash of the plan is computed here, whatever the plan has for it.
+    """
     long: dict[str, list[Any]] = {"skipped": plan.skipped, "arrays": plan.arrays}
+    plan = msgspec.structs.replace(plan, plan_sha256=NO_SHA256)
     body: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(plan, skipped=[], arrays=[]))
     text = msgspec.json.format(msgspec.json.encode({k: v for k, v in body.items() if k not in long}), indent=1)
     parts = [text.decode().rstrip().removesuffix("\n}")]
     for name, rows in long.items():
         lines = ",\n  ".join(msgspec.json.encode(row).decode() for row in rows)
         parts.append(f' "{name}": [\n  {lines}\n ]' if rows else f' "{name}": []')
-    return (",\n".join(parts) + "\n}\n").encode()
+    data = (",\n".join(parts) + "\n}\n").encode()
+    return data.replace(NO_SHA256.encode(), plan_checksum(data, plan).encode(), 1)
+
+
+def plan_checksum(data: bytes, plan: Plan) -> str:
+    """Return what ``plan_sha256`` has to be in a plan of these bytes."""
+    return hashlib.sha256(data.replace(plan.plan_sha256.encode(), NO_SHA256.encode(), 1)).hexdigest()
 
 
 def decode_plan(data: bytes, where: str) -> Plan:
@@ -553,6 +577,7 @@ def read_plan(path: Path) -> Plan:
         PlanFormatError: It is missing, absurdly large or no plan.
     """
     try:
+        require_regular(path)
         if path.stat().st_size > _LARGEST_PLAN:
             raise PlanFormatError(f"{path}: {path.stat().st_size} bytes, expected a plan of at most {_LARGEST_PLAN}")
         return decode_plan(path.read_bytes(), str(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from onnx import TensorProto
 
 from rerampile.deployed_model import deployed_ir_version
-from rerampile.layer import Layer
+from rerampile.layer import Fold, Layer
 from rerampile.plan import (
-    ArrayPlan,
+    NO_SHA256,
     Conventions,
     DigitalPlan,
     FoldPlan,
@@ -23,13 +23,15 @@ from rerampile.plan import (
     ModelRecord,
     Plan,
     Producer,
-    Totals,
     Use,
 )
+from rerampile.totals import totals_of, weights_without_cells
 from rerampile.unit import Unit
 from rerampile.version import __version__
 
 __all__ = ["plan_of"]
+
+_OVERRIDABLE_IR = 4  # before it every initializer is an input too, and means nothing by it
 
 
 def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
@@ -40,10 +42,14 @@ def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
         mean_conductance: Mean conductance over each layer's cells tensor, siemens.
     """
     proto = unit.model.proto
-    placed = _placed_cells(unit, mean_conductance)
+    layers = [_layer_plan(unit, layer, mean) for layer, mean in _placed_means(unit, mean_conductance)]
+    digital = [
+        DigitalPlan(node=op.node.full_name, op=op.node.op, code=op.code, reason=op.reason) for op in unit.digital
+    ]
     return Plan(
         format="rerampile-plan",
         format_version=1,
+        plan_sha256=NO_SHA256,  # encoding fills it in
         producer=Producer(name="rerampile", version=__version__),
         model=ModelRecord(
             name=unit.model.name,
@@ -56,16 +62,23 @@ def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
             inlined_functions=unit.model.inlined_functions,
             converted_from_opset=unit.model.converted_from_opset,
             deployed_ir_version=deployed_ir_version(proto),
+            fixed_inputs=_fixed_inputs(unit),
         ),
         target=unit.target.to_dict(),
         options=_options(unit),
         conventions=Conventions(),
         files={},
-        totals=_totals(unit, placed),
-        layers=[_layer_plan(unit, layer, placed[layer.name][1]) for layer in unit.layers],
-        digital=[
-            DigitalPlan(node=op.node.full_name, op=op.node.op, code=op.code, reason=op.reason) for op in unit.digital
-        ],
+        totals=totals_of(
+            unit.target,
+            layers,
+            unit.regions,
+            unit.arrays,
+            digital=len(digital),
+            arrays_without_pruning=unit.arrays_without_pruning,
+            arrays_before_packing=unit.arrays_before_packing,
+        ),
+        layers=layers,
+        digital=digital,
         verification=None,
         skipped=list(unit.regions),
         arrays=list(unit.arrays),
@@ -108,64 +121,49 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         scale=unit.options.scale,
         zeros=mapped.zeros,
         sparsity=mapped.zeros / weights,
-        decoded_sha256="0" * 64,  # verify decodes, and fills it in
+        decoded_sha256=NO_SHA256,  # verify decodes, and fills it in
         mean_cell_conductance=mean_conductance,
         mask=None
         if mask is None
         else MaskPlan(
             source=mask.source, tensor=layer.name, kept=int(np.count_nonzero(mask.kept)), total=mask.kept.size
         ),
-        folds=[FoldPlan(node=f.node.full_name, op=f.op, side=f.side) for f in layer.folds],
+        folds=[
+            FoldPlan(node=f.node.full_name, op=f.op, side=f.side, constant_chain=_constants_of(unit, f))
+            for f in layer.folds
+        ],
         constant_chain=[node.full_name for node in unit.graph.chain(layer.tensor)],
     )
 
 
-def _placed_cells(unit: Unit, mean_conductance: Mapping[str, float]) -> dict[str, tuple[int, float]]:
-    """Return, by layer, the weights that sit on arrays and the mean conductance of their cells, siemens.
+def _constants_of(unit: Unit, fold: Fold) -> list[str]:
+    """Return the nodes that computed the constants of a folded operation."""
+    constants = [tensor for tensor in fold.node.view.inputs if unit.graph.is_constant(tensor)]
+    return list(dict.fromkeys(node.full_name for tensor in constants for node in unit.graph.chain(tensor)))
+
+
+def _fixed_inputs(unit: Unit) -> list[str]:
+    """Return the inputs that could be given another value than their default, and that cells or biases now hold."""
+    proto, graph = unit.model.proto, unit.graph
+    defaults = {tensor.name for tensor in proto.graph.initializer} if proto.ir_version >= _OVERRIDABLE_IR else set()
+    held = []
+    for layer in unit.layers:
+        held += [tensor for tensor in (layer.tensor, layer.zero_point) if tensor is not None]
+        held += [tensor for fold in layer.folds for tensor in fold.node.view.inputs if graph.is_constant(tensor)]
+        if layer.bias is not None and (bias := layer.uses[0][0].input(2)) is not None:
+            held.append(bias)
+    names = {source.name for tensor in held for source in graph.sources(tensor)}
+    return [value.name for value in proto.graph.input if value.name in names & defaults]
+
+
+def _placed_means(unit: Unit, mean_conductance: Mapping[str, float]) -> Iterator[tuple[Layer, float]]:
+    """Yield each layer with the mean conductance of its cells that sit on arrays, siemens.
 
     What takes no cells is zero, and what cells a zero would take is known: it is taken out of the mean of the tensor.
     """
-    left_out = dict.fromkeys(range(len(unit.layers)), 0)
-    for region in unit.regions:
-        left_out[region.layer] += region.input_count * region.output_count
-    placed: dict[str, tuple[int, float]] = {}
-    for number, layer in enumerate(unit.layers):
-        coding = unit.mapped[layer.name].coding
-        zero = float(coding.conductance(coding.zero_cells).astype(np.float64).mean())
+    left_out = weights_without_cells(len(unit.layers), unit.regions)
+    for layer, without in zip(unit.layers, left_out, strict=True):
+        zero = unit.mapped[layer.name].coding.mean_zero_conductance
         total = math.prod(layer.view.shape)
-        count = total - left_out[number]
-        mean = (mean_conductance[layer.name] * total - zero * left_out[number]) / count if count else 0.0
-        placed[layer.name] = (count, mean)
-    return placed
-
-
-def _totals(unit: Unit, placed: Mapping[str, tuple[int, float]]) -> Totals:
-    weights = sum(math.prod(layer.view.shape) for layer in unit.layers)
-    held = sum(count for count, _ in placed.values())
-    zeros = sum(mapped.zeros for mapped in unit.mapped.values())
-    coding = next(iter(unit.mapped.values())).coding
-    cells = len(unit.arrays) * unit.target.rows * unit.target.columns
-    used = sum(_weights_of(array) * len(array.roles) * coding.slices for array in unit.arrays)
-    pair = sum(coding.cells * count * mean for count, mean in placed.values()) / held if held else 0.0
-    return Totals(
-        layers=len(unit.layers),
-        weights=weights,
-        zeros=zeros,
-        sparsity=zeros / weights,
-        arrays=len(unit.arrays),
-        partitions=sum(len(array.partitions) for array in unit.arrays),
-        cells=cells,
-        cells_used=used,
-        utilisation=used / cells if cells else 0.0,
-        arrays_without_pruning=unit.arrays_without_pruning,
-        arrays_before_packing=unit.arrays_before_packing,
-        arrays_saved_by_pruning=unit.arrays_without_pruning - unit.arrays_before_packing,
-        arrays_saved_by_packing=unit.arrays_before_packing - len(unit.arrays),
-        weights_without_cells=weights - held,
-        mean_pair_conductance=pair,
-        digital_operations=len(unit.digital),
-    )
-
-
-def _weights_of(array: ArrayPlan) -> int:
-    return sum((p.groups[1] - p.groups[0]) * p.input_count * p.output_count for p in array.partitions)
+        count = total - without
+        yield layer, (mean_conductance[layer.name] * total - zero * without) / count if count else 0.0

@@ -235,6 +235,11 @@ class Coding:
         """Cells of a zero weight, [slices, cells] in :attr:`dtype`."""
         return self.encode(np.zeros((1, 1), np.float32), np.ones(1, np.float32))[:, :, 0, 0]
 
+    @cached_property
+    def mean_zero_conductance(self) -> float:
+        """Mean conductance of the cells of a zero weight, siemens."""
+        return float(self.conductance(self.zero_cells).astype(np.float64).mean())
+
     def _encode_analog(self, difference: Floats, out: Array) -> None:
         """Write the pair of siemens of ``difference`` [rows, inputs] into ``out`` [1, cells, rows, inputs].
 

@@ -124,11 +124,13 @@ def _ranges(numbers: Iterable[int], most: int = 3) -> str:
     return ", ".join(words[:most]) + (f", … {spans[-1][1]}" if len(words) > most else "")
 
 
-def _listed(words: Iterable[str], most: int = 5) -> str:
+def _listed(words: Iterable[str]) -> str:
     """Return distinct words with their counts, the frequent ones first, shortened to the first few."""
-    counts = Counter(words).most_common()
-    shown = [word if count == 1 else f"{count} {word}" for word, count in counts[:most]]
-    return ", ".join(shown) + (", …" if len(counts) > most else "")
+    return _shortened([word if count == 1 else f"{count} {word}" for word, count in Counter(words).most_common()])
+
+
+def _shortened(words: Sequence[str], most: int = 5) -> str:
+    return ", ".join(words[:most]) + (", …" if len(words) > most else "")
 
 
 # A model before it is compiled.
@@ -301,6 +303,9 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     folds = sum(len(layer.folds) for layer in plan.layers)
     there = "" if target.arrays is None else f" of {target.arrays:,} there are"
     yield "model", f"{printable(plan.model.name)}, sha256 {plan.model.sha256[:16]}…"
+    if plan.model.fixed_inputs:
+        names = _shortened([f"'{printable(name)}'" for name in plan.model.fixed_inputs])
+        yield "inputs", f"{names}: the default values are in cells and biases, others have no effect there"
     yield "target", f"{printable(target.name)}: arrays of {grid}"
     yield (
         "mapping",
@@ -325,8 +330,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
 
 def _outputs(found: Verification) -> str:
     """Return how far the outputs are off, in words."""
-    if not found.outputs:
-        return "none"
+    if not any(output.numbers for output in found.outputs):
+        return "nothing was compared: every output is empty for the shapes that the model declares"
     worst = max(found.outputs, key=lambda output: output.relative_error)
     text = f"'{printable(worst.output)}' off by {worst.relative_error:.2g} of its largest magnitude"
     if len(found.outputs) > 1:
@@ -338,7 +343,7 @@ def show_verification(out: Console, deployment: Deployment, found: Verification)
     """Print what ``verify`` checked and found."""
     plan = deployment.plan
     rows = [
-        ("checksums", f"{_number(len(plan.files), 'file')} as compiled"),
+        ("checksums", f"the plan and {_number(len(plan.files), 'file')} as compiled"),
         ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
         ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were compiled"),
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),

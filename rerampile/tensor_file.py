@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from rerampile.background import in_background
 from rerampile.errors import InternalError, PlanFormatError
+from rerampile.files import require_regular
 
 __all__ = ["TensorFile", "TensorSpec", "TensorWriter"]
 
@@ -224,6 +225,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            require_regular(path)
             size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")

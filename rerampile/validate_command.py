@@ -19,6 +19,7 @@ from rerampile.chip_options import (
 )
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, print_json, refuse_given, report_folder
+from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -98,7 +99,7 @@ def validate(
     )
     requirements = [Requirement.parse(text) for text in required]
     place = report_folder(out or Path(f"{folder.resolve().name.removesuffix('.deployment')}.validation"))
-    with chips_progress(quiet) as progress:
+    with cleaned_up(), chips_progress(quiet) as progress:
         report = run_validation(
             experiment,
             place / "journal.jsonl",
@@ -108,7 +109,8 @@ def validate(
         )
     report = msgspec.structs.replace(report, prediction=predict_beside(experiment))
     command = f"rerampile {shlex.join(sys.argv[1:])}"
-    written = write_report(place, report, command=command, picture=most_hit_array(experiment))
+    with cleaned_up():
+        written = write_report(place, report, command=command, picture=most_hit_array(experiment))
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:

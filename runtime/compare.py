@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from rerampile.errors import FaultRunError
 from rerampile.plan import OutputError
@@ -21,15 +22,16 @@ def output_error(name: str, found: Any, reference: Any) -> OutputError:
     """Return how far an output is from its reference; -1 where shapes differ or only one of them is finite."""
     a, b = flat(found), flat(reference)
     arrays = isinstance(found, np.ndarray) and isinstance(reference, np.ndarray)
+    apart = OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0, numbers=b.size)
     if a.shape != b.shape or (arrays and found.shape != reference.shape):
-        return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
+        return apart
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     error = float(np.abs(np.subtract(a, b, out=np.zeros_like(a), where=~same)).max(initial=0.0))
     if not np.isfinite(error):
-        return OutputError(output=name, max_abs_error=-1.0, max_abs_reference=0.0, relative_error=-1.0)
+        return apart
     largest = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
     relative = error / largest if largest > 0 else error
-    return OutputError(output=name, max_abs_error=error, max_abs_reference=largest, relative_error=relative)
+    return replace(apart, max_abs_error=error, max_abs_reference=largest, relative_error=relative)
 
 
 def flat(value: Any) -> npt.NDArray[np.float64]:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.files import require_regular
+from rerampile.npz_file import ArrayHeader, npz_headers, read_npz
 from rerampile.onnx_file import file_sha256
 from rerampile.runtime.dataset import (
     ArrayDataset,
@@ -344,6 +346,7 @@ def _labels_by_class(images: list[Path], listing: Path) -> tuple[list[Path], lis
 def _lines(path: Path) -> list[str]:
     """Return the lines that are neither empty nor comments."""
     try:
+        require_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
@@ -426,6 +429,7 @@ def _open_coco(source: _Source) -> BoxDataset:
 def _coco_annotations(file: Path) -> dict[str, Any]:
     """Read and check the parts of a COCO instances file that detection needs."""
     try:
+        require_regular(file)
         found = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from error
@@ -471,16 +475,9 @@ def _entries(file: Path, found: Mapping[str, Any], name: str, keys: Mapping[str,
 def _open_npz(source: _Source) -> ArrayDataset:
     source.no_split()
     path = Path(source.where)
-    arrays = _read_npz(path)
     declared = {value.name: value for value in source.session.get_inputs()}
+    arrays = _read_npz(path, declared)
     labels = arrays.pop("labels", None) if "labels" not in declared else None
-    for name in arrays:
-        if name not in declared:
-            raise DataError(
-                f"{path}: '{name}' is neither labels nor an input of the model{did_you_mean(name, declared)}"
-            )
-    for name, value in declared.items():
-        _check_array(path, value, arrays.get(name))
     counts = {name: len(array) for name, array in arrays.items()} | ({} if labels is None else {"labels": len(labels)})
     if len(set(counts.values())) != 1 or 0 in counts.values():
         found = ", ".join(f"'{name}' {count}" for name, count in counts.items())
@@ -500,28 +497,37 @@ def _open_npz(source: _Source) -> ArrayDataset:
     )
 
 
-def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _read_npz(path: Path, declared: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """Read the inputs of a model and perhaps labels, once their headers are known to fit."""
     if path.is_file() and not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not an .npz file; write one with numpy.savez(FILE, input_name=array, labels=array)")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file: {' '.join(str(error).split())[:200]}") from error
+        headers = npz_headers(path)
+    except ValueError as error:
+        raise DataError(f"{path}: not a readable .npz file: {error}") from error
+    for name in headers:
+        if name not in declared and name != "labels":
+            raise DataError(
+                f"{path}: '{name}' is neither labels nor an input of the model{did_you_mean(name, declared)}"
+            )
+    for name, value in declared.items():
+        _check_array(path, value, headers.get(name))
+    try:
+        return dict(read_npz(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not a readable .npz file: {error}") from error
 
 
-def _check_array(path: Path, value: Any, array: npt.NDArray[Any] | None) -> None:
+def _check_array(path: Path, value: Any, header: ArrayHeader | None) -> None:
     """Refuse an array that does not fit an input; its first axis counts the images."""
-    if array is None:
+    if header is None:
         raise DataError(f"{path}: input '{value.name}' is missing, expected an array of {value.type} {value.shape}")
-    dtype = np.dtype(declared_dtype(value.name, value.type))
-    fits = 0 < array.ndim == len(value.shape) and all(
-        not isinstance(d, int) or d == s for d, s in zip(value.shape[1:], array.shape[1:], strict=True)
+    dtype, shape = np.dtype(declared_dtype(value.name, value.type)), header.shape
+    fits = 0 < len(shape) == len(value.shape) and all(
+        not isinstance(d, int) or d == s for d, s in zip(value.shape[1:], shape[1:], strict=True)
     )
-    if array.dtype != dtype or not fits:
-        raise DataError(
-            f"{path}: input '{value.name}' is {array.dtype} {list(array.shape)}, expected {dtype} {value.shape}"
-        )
+    if header.dtype != dtype or not fits:
+        raise DataError(f"{path}: input '{value.name}' is {header.dtype} {list(shape)}, expected {dtype} {value.shape}")
 
 
 def _open_generated(source: _Source) -> ArrayDataset:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, DataError
+from rerampile.files import require_regular
 from rerampile.plan import Plan
 from rerampile.target import Target
 from rerampile.tensor_file import TensorWriter
@@ -71,8 +72,16 @@ class ChipGeometry:
 
     @classmethod
     def of(cls, deployment: Deployment) -> ChipGeometry:
-        """Return the geometry of the chip that a plan is for."""
+        """Return the geometry of the chip that a plan is for.
+
+        Raises:
+            ConfigError: It takes no array.
+        """
         arrays = deployment.plan.arrays
+        if not arrays:
+            raise ConfigError(
+                f"{deployment.folder}: has no arrays, because every weight is zero: there is no cell that could fail"
+            )
         return cls(
             arrays=len(arrays),
             rows=deployment.target.rows,
@@ -217,6 +226,7 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
     geometry = ChipGeometry.of(deployment)
     digest = placement_digest(deployment.plan)
     try:
+        require_regular(path)
         if path.suffix == ".csv":
             table, chips = _read_csv(path), None
         else:

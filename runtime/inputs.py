@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import DataError, FaultRunError, did_you_mean
-from rerampile.npz_file import read_npz
+from rerampile.npz_file import ArrayHeader, npz_headers, read_npz
 from rerampile.runtime.session import run
 
 __all__ = ["declared_dtype", "fitting_inputs", "inputs_from_file", "random_array"]
@@ -48,11 +48,16 @@ def inputs_from_file(path: Path, session: Any) -> Inputs:
         DataError: The file is unreadable, or its names, types or shapes do not fit the model.
     """
     try:
-        found = dict(read_npz(path))
+        _check_headers(path, npz_headers(path, _LARGEST_INPUT), session)
+        return dict(read_npz(path))
     except ValueError as error:
         raise DataError(
             f"{path}: not a readable .npz file: {error}; write one with numpy.savez(FILE, input_name=array)"
         ) from error
+
+
+def _check_headers(path: Path, found: Mapping[str, ArrayHeader], session: Any) -> None:
+    """Compare what a file says of its arrays with the inputs of a model, before any is read."""
     declared = {value.name: value for value in session.get_inputs()}
     for name in found:
         if name not in declared:
@@ -68,7 +73,6 @@ def inputs_from_file(path: Path, session: Any) -> Inputs:
             raise DataError(
                 f"{path}: input '{name}' is {found[name].dtype} {list(shape)}, expected {np.dtype(dtype)} {value.shape}"
             )
-    return found
 
 
 def fitting_inputs(session: Any, seed: int) -> tuple[Inputs, list[Any]]:

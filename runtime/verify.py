@@ -26,6 +26,7 @@ from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
 from rerampile.onnx_file import hash_on_disk
 from rerampile.plan import FileRecord, LayerPlan, Verification, encode_plan, read_plan
+from rerampile.recount import check_counts, check_nodes, check_sums
 from rerampile.runtime.compare import flat, input_sensitivity, output_error, require_tolerance
 from rerampile.runtime.inputs import fitting_inputs, inputs_from_file
 from rerampile.runtime.reference import write_reference
@@ -82,8 +83,9 @@ class Verify:
         if unit.plan is None or unit.plan.verification is None:
             return {}
         found = unit.plan.verification
-        worst = max((o.relative_error for o in found.outputs), default=0.0)
-        summary = {"weight error": f"{found.max_weight_error:.2g}", "output error": f"{worst:.2g}"}
+        compared = [o.relative_error for o in found.outputs if o.numbers]
+        worst = f"{max(compared):.2g}" if compared else "nothing to compare"
+        summary = {"weight error": f"{found.max_weight_error:.2g}", "output error": worst}
         if found.outputs_unquantised:
             unquantised = max(o.relative_error for o in found.outputs_unquantised)
             summary["against unquantised"] = f"{unquantised:.2g}"
@@ -167,10 +169,16 @@ def _require(unit: Unit, found: Verification, held: Outputs) -> None:
     """Refuse a deployed model that is not within tolerance, or a comparison that says nothing.
 
     Raises:
-        FaultRunError: An error is above tolerance, or the reference gives nothing but NaN.
+        FaultRunError: An error is above tolerance, or the reference gives nothing but NaN, or nothing at all for the
+            user's inputs.
         UnsupportedModelError: The model draws random numbers, so that no two runs of it agree.
     """
     numbers = [flat(output) for output in held]
+    if unit.options.inputs is not None and not any(n.size for n in numbers):
+        raise FaultRunError(
+            f"{unit.options.inputs}: every output is empty for these inputs, so that nothing can be compared; give "
+            f"inputs with a batch of at least one"
+        )
     if any(n.size for n in numbers) and all(np.isnan(n).all() for n in numbers):
         raise FaultRunError(
             f"{unit.model.name}: every output is NaN, so that nothing can be compared; "
@@ -255,7 +263,8 @@ def verify_deployment(folder: str | Path) -> Verification:
     """Verify a deployment folder again, from its files alone.
 
     Checksums, the placement of every weight, the decoded weights against the hashes in the plan, pruned weights against
-    the masks, and the deployed model in ONNX Runtime against the outputs recorded when it was compiled.
+    the masks, the plan's sums and nodes against what they stand for, and the deployed model in ONNX Runtime against the
+    outputs recorded when it was compiled.
 
     Returns:
         What was found now.
@@ -271,7 +280,9 @@ def verify_deployment(folder: str | Path) -> Verification:
     check_checksums(deployment)
     check_placement(deployment)
     masks = TensorFile(deployment.folder / MASKS) if MASKS in deployment.plan.files else None
-    side_by_side(partial(_check_weights, deployment, masks), deployment.plan.layers)
+    side_by_side(partial(_check_weights, deployment, masks), range(len(deployment.plan.layers)))
+    check_sums(deployment)
+    check_nodes(deployment)
     reference = TensorFile(deployment.folder / REFERENCE)
     inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
     session = open_session(deployment.model_path)
@@ -282,9 +293,10 @@ def verify_deployment(folder: str | Path) -> Verification:
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
 
-def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: LayerPlan) -> None:
-    """Decode one layer: its weights are those that were compiled, and zero where its mask says so."""
-    digest, kept = hashlib.sha256(), None
+def _check_weights(deployment: Deployment, masks: TensorFile | None, number: int) -> None:
+    """Decode one layer: its weights are those that were compiled, zero where its mask says so, and counted rightly."""
+    layer = deployment.plan.layers[number]
+    digest, kept, zeros = hashlib.sha256(), None, 0
     if layer.mask is not None and masks is not None:
         mask = masks.read(layer.mask.tensor)
         if mask.dtype != np.bool_ or mask.shape != tuple(layer.weight_shape):
@@ -295,6 +307,7 @@ def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: Laye
         kept = layer.view.matrix(mask)
     for rows, weights in decode_rows(deployment, layer):
         digest.update(weight_bytes(weights))
+        zeros += weights.size - int(np.count_nonzero(weights))
         if kept is not None and weights[~kept[rows]].any():
             raise PlanFormatError(
                 f"{deployment.folder}: layer '{layer.name}': a weight that '{MASKS}' prunes is not zero"
@@ -303,3 +316,4 @@ def _check_weights(deployment: Deployment, masks: TensorFile | None, layer: Laye
         raise PlanFormatError(
             f"{deployment.folder}: layer '{layer.name}': decoded weights differ from those that were compiled"
         )
+    check_counts(deployment, number, zeros, kept)

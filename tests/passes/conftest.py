@@ -14,7 +14,7 @@ import onnx.shape_inference
 import pytest
 from onnx import numpy_helper
 
-from rerampile import Deployment, Target, compile_model
+from rerampile import Deployment, Target, compile_model, verify_deployment
 from rerampile.target import Cell
 
 
@@ -36,11 +36,13 @@ def model_of() -> Callable[..., onnx.ModelProto]:
 
 @pytest.fixture
 def compile_text(model_of: Callable[..., onnx.ModelProto], tmp_path: Path) -> Callable[..., Deployment]:
-    """`compile_text(text, {"W": array}, mapping=...)`: the deployment, verified against the model in ONNX Runtime."""
+    """`compile_text(text, {"W": array}, mapping=...)`: the deployment, verified when compiled and from its files."""
     number = itertools.count()
 
     def compile_(text: str, weights: dict[str, np.ndarray] | None = None, **options: Any) -> Deployment:
-        return compile_model(model_of(text, weights), out=tmp_path / f"out{next(number)}", **options)
+        deployment = compile_model(model_of(text, weights), out=tmp_path / f"out{next(number)}", **options)
+        verify_deployment(deployment.folder)
+        return deployment
 
     return compile_
 

@@ -286,8 +286,10 @@ def test_twins_mirror_one_another(tmp_path: Any) -> None:
 def test_capacity_refusals_say_what_is_needed(tmp_path: Any) -> None:
     model = model_of([ones(20, 9)])
     too_few = rows_by_columns(8, 8, arrays_per_core=4)
-    with pytest.raises(CapacityError, match="needs 9 arrays of 8 x 8 cells, target 'small' has 4; prune more, pack"):
-        compile_model(model, out=tmp_path / "out", target=too_few)
+    for pack, share in ((False, "let small partitions share arrays with --pack, "), (True, "")):
+        needed = f"needs 9 arrays of 8 x 8 cells, target 'small' has 4; prune more, {share}or take a target"
+        with pytest.raises(CapacityError, match=needed):
+            compile_model(model, out=tmp_path / "out", target=too_few, pack=pack)
     too_narrow = Target(name="narrow", rows=8, columns=5, slices=3, cell=Cell(g_off=1e-6, g_on=1e-4, levels=4))
     with pytest.raises(CapacityError, match=r"one output takes 6 columns \(3 slices of 2 cells\), an array has 5"):
         compile_model(model, out=tmp_path / "out", target=too_narrow)

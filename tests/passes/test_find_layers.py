@@ -340,8 +340,8 @@ def test_subgraphs(compile_text: Compile, weight: Weight) -> None:
     )
     assert {name: m[1:] for name, m in matrices(deployment).items()} == {"W": [4, 4], "V": [4, 4], "U": [4, 4]}
     uses = {layer.name: [use.node for use in layer.uses] for layer in deployment.plan.layers}
-    assert uses["W"] == ["If_y/MatMul_a", "If_y/MatMul_b"]
-    assert uses["U"] == ["Loop_z/MatMul_after", "Scan_s/MatMul_out"]
+    assert uses["W"] == ["If_y/then_branch/MatMul_a", "If_y/else_branch/MatMul_b"]
+    assert uses["U"] == ["Loop_z/body/MatMul_after", "Scan_s/body/MatMul_out"]
 
 
 def test_model_local_functions(compile_text: Compile, weight: Weight) -> None:
@@ -535,6 +535,55 @@ def test_initializers_that_are_inputs_too(compile_text: Compile, weight: Weight)
     assert list(matrices(deployment)) == ["W"]
     model = onnx.load(deployment.model_path, load_external_data=False)
     assert [value.name for value in model.graph.input] == ["x", "S"]
+    assert deployment.plan.model.fixed_inputs == ["W"]
+
+
+def test_values_of_inputs_that_are_in_cells_or_biases(compile_text: Compile, weight: Weight) -> None:
+    """Behind a chain, in a fold and in a bias that a fold changed; one that a digital node reads too stays an input."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, float[3,4] W, float[3] B, float[3] M, float[4] S) => (float[] y, float[] z) {{
+            t = Transpose (W) \n c = Gemm (x, t, B) \n y = Mul (c, M) \n z = Mul (S, S) }}""",
+        {"W": weight(3, 4), "B": weight(3), "M": weight(3), "S": weight(4)},
+    )
+    assert deployment.plan.model.fixed_inputs == ["W", "B", "M"]
+    shared = compile_text(
+        f"{HEADER} g (float[2,4] x, float[4,3] W) => (float[] y, float[] z) {{ y = MatMul (x, W) z = Relu (W) }}",
+        {"W": weight(4, 3)},
+    )
+    assert shared.plan.model.fixed_inputs == ["W"]
+    model = onnx.load(shared.model_path, load_external_data=False)
+    assert [value.name for value in model.graph.input] == ["x", "W"]
+
+
+def test_inputs_mean_nothing_by_it_in_old_models(compile_text: Compile, weight: Weight) -> None:
+    text = '<ir_version: 3, opset_import: ["" : 8]> g (float[2,4] x, float[4,3] W) => (float[] y) { y = MatMul (x, W) }'
+    assert compile_text(text, {"W": weight(4, 3)}).plan.model.fixed_inputs == []
+
+
+def test_every_node_is_somewhere_in_the_plan(compile_text: Compile, weight: Weight) -> None:
+    """Casts in front of weights and of what is folded go with them, and are named there."""
+    deployment = compile_text(
+        f"""{HEADER} g (float[1,3,4,4] x) => (float[] y) {{
+            k = Cast <to = 1> (K) \n w = Cast <to = 1> (W) \n c = Conv (x, w) \n m = Mul (c, k) \n y = Relu (m) }}""",
+        {"W": weight(4, 3, 3, 3, dtype=np.float16), "K": weight(4, 1, 1, dtype=np.float16)},
+    )
+    (layer,) = deployment.plan.layers
+    named = [use.node for use in layer.uses] + layer.constant_chain + [op.node for op in deployment.plan.digital]
+    named += [node for fold in layer.folds for node in (fold.node, *fold.constant_chain)]
+    assert sorted(named) == ["Cast_k", "Cast_w", "Conv_c", "Mul_m", "Relu_y"]
+    assert [fold.constant_chain for fold in layer.folds] == [["Cast_k"]]
+
+
+def test_nodes_of_one_name_in_two_branches(compile_text: Compile, weight: Weight) -> None:
+    deployment = compile_text(
+        f"""{HEADER} g (float[2,4] x, bool c) => (float[2,4] y) {{
+            [choose] y = If (c) <then_branch = t () => (float[2,4] a) {{ [product] a = MatMul (x, W) }},
+                                 else_branch = e () => (float[2,4] b) {{ [product] b = MatMul (x, W) }}>
+        }}""",
+        {"W": weight(4, 4)},
+    )
+    uses = [use.node for use in deployment.plan.layers[0].uses]
+    assert uses == ["choose/then_branch/product", "choose/else_branch/product"]
 
 
 @pytest.mark.parametrize("prune", [None, 0.5])
@@ -626,8 +675,8 @@ def test_branches_with_weights_of_one_name(prune: float | None, compile_text: Co
         prune=prune,
     )
     assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {
-        "W": ["If_y/MatMul_a"],
-        "W#2": ["If_y/MatMul_b"],
+        "W": ["If_y/then_branch/MatMul_a"],
+        "W#2": ["If_y/else_branch/MatMul_b"],
     }
     assert deployment.weights(deployment.layer("W#2")).max() == 8
 
@@ -643,7 +692,10 @@ def test_a_constant_chain_across_graphs(prune: float | None, compile_text: Compi
         {"W": weight(2, 4)},
         prune=prune,
     )
-    assert [p.constant_chain for p in deployment.plan.layers] == [["Transpose_V"], ["Transpose_V", "If_y/Identity_U"]]
+    assert [p.constant_chain for p in deployment.plan.layers] == [
+        ["Transpose_V"],
+        ["Transpose_V", "If_y/else_branch/Identity_U"],
+    ]
 
 
 @pytest.mark.parametrize("prune", [None, 0.5])
@@ -653,6 +705,8 @@ def test_a_deployed_model_compiles_again(prune: float | None, compile_text: Comp
     again = compile_model(first.model_path, out=first.folder.parent / "again", prune=prune)
     (layer,) = again.plan.layers
     assert (layer.outputs, layer.inputs) == (3, 4)
+    imported = [o.domain for o in onnx.load(again.model_path, load_external_data=False).opset_import]
+    assert sorted(imported) == ["", "ai.rerampile"]
     if prune is None:
         np.testing.assert_allclose(again.weights(layer), first.weights(first.plan.layers[0]), rtol=1e-5)
 
@@ -686,7 +740,7 @@ def test_weights_that_a_loop_changes_stay_digital(compile_text: Compile, weight:
         {"W": weight(4, 4)},
     )
     assert {p.name: [use.node for use in p.uses] for p in deployment.plan.layers} == {"W": ["MatMul_y"]}
-    assert ("Loop_z/MatMul_a", "computed-weights") in [(o.node, o.code) for o in deployment.plan.digital]
+    assert ("Loop_z/body/MatMul_a", "computed-weights") in [(o.node, o.code) for o in deployment.plan.digital]
 
 
 def test_sparse_initializers_stay_digital(
@@ -711,8 +765,11 @@ def test_inputs_and_weights_that_are_outputs(outputs: str, compile_text: Compile
 
 
 def test_an_empty_batch_is_legal(compile_text: Compile, weight: Weight) -> None:
+    """It can be compiled, and the plan says that no output was compared."""
     deployment = compile_text(f"{HEADER} g (float[0,4] x) => (float[] y) {{ y = MatMul (x, W) }}", {"W": weight(4, 3)})
     assert list(matrices(deployment)) == ["W"]
+    found: Any = deployment.plan.verification
+    assert [(o.numbers, o.relative_error) for o in found.outputs] == [(0, 0.0)]
 
 
 def test_quantisation_annotations_of_what_is_left_are_kept(
@@ -785,3 +842,15 @@ def test_a_statically_quantised_model(
     )
     assert matrices(deployment) == {"W": [1, 4, 27]}
     assert deployment.plan.layers[0].constant_chain == ["DequantizeLinear_w"]
+
+
+def test_a_chain_longer_than_calls_may_nest(compile_text: Compile, weight: Weight) -> None:
+    steps = " ".join(f"c{n + 1} = Identity (c{n})" for n in range(1500))
+    deployment = compile_text(
+        f"{HEADER} g (float[2,4] x) => (float[2,3] y) {{ c0 = Neg (W) {steps} y = MatMul (x, c1500) }}",
+        {"W": weight(4, 3)},
+    )
+    (layer,) = deployment.plan.layers
+    assert len(layer.constant_chain) == 1501
+    assert layer.constant_chain[:2] == ["Neg_c0", "Identity_c1"]
+    assert deployment.plan.digital == []

@@ -54,3 +54,15 @@ def test_weights_beyond_float32_gains(compile_text: Compile, discrete_target: Ca
     with pytest.raises(ModelError, match=r"layer 'W': weights of up to 1e\+36, expected at most 3.37e\+34"):
         compile_text(TEXT, weights)
     compile_text(TEXT, weights, target=discrete_target(levels=16))
+
+
+def test_whole_numbers_beyond_the_levels_are_held_as_whole_numbers(
+    compile_text: Compile, discrete_target: Callable[..., Any]
+) -> None:
+    """Fifteen steps for weights up to 95: each step is worth 7, the next whole number above 95 / 15."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (uint8[2,3] x) => (int32[] y) { y = MatMulInteger (x, W) }'
+    values = np.array([[95, 14], [-50, 3], [7, -15]], np.int8)
+    deployment = compile_text(text, {"W": values}, target=discrete_target(levels=16))
+    (layer,) = deployment.plan.layers
+    assert deployment.gain(layer).tolist() == [7, 1]
+    assert deployment.weights(layer).tolist() == [[98, -49, 7], [14, 3, -15]]

@@ -26,12 +26,13 @@ from rich.console import Console
 from rerampile.cli import main
 from rerampile.compiler import PASSES
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.errors import InternalError
+from rerampile.errors import InternalError, PlanFormatError
 from rerampile.passes.map import Map
 from rerampile.plan import read_plan
 from rerampile.schemes import SCHEMES
 from rerampile.show import printable, show_array
 from rerampile.target import preset_names, preset_text
+from rerampile.tensor_file import TensorFile
 
 COMMANDS = sorted(main.commands)
 
@@ -185,10 +186,37 @@ def test_inspect_of_a_model_where_nothing_maps(parse_model: Callable[..., onnx.M
 
 def test_verify_says_what_it_checked(folder: Path) -> None:
     shown = call("verify", folder).stdout
-    for fact in ("files as compiled", "1,496 weights in one place", "2 layers decoded", "'scores' off by", "verified"):
+    for fact in (
+        "the plan and 4 files as compiled",
+        "1,496 weights in one place",
+        "2 layers decoded",
+        "'scores' off by",
+        "verified",
+    ):
         assert fact in shown
     data = json.loads(call("verify", folder, "--json").stdout)
     assert data["verification"]["outputs"][0]["relative_error"] < 1e-4
+
+
+def test_what_compared_nothing_says_so(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    model = '<ir_version: 8, opset_import: ["" : 17]> m (float[0, 2] x) => (float[0, 2] y) { y = MatMul (x, W) }'
+    onnx.save(parse_model(model, W=np.eye(2, dtype=np.float32)), tmp_path / "m.onnx")
+    compiled = call("compile", tmp_path / "m.onnx", "-o", tmp_path / "out")
+    assert "output error nothing to compare" in compiled.stderr
+    for shown in (compiled.stdout, call("verify", tmp_path / "out").stdout, call("show", tmp_path / "out").stdout):
+        assert "nothing was compared: every output is empty" in shown
+
+
+def test_values_that_cannot_be_given_any_more_are_shown(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path, folder: Path
+) -> None:
+    model = (
+        '<ir_version: 8, opset_import: ["" : 17]> m (float[1,2] x, float[2,2] W) => (float[1,2] y) {y = MatMul (x, W)}'
+    )
+    onnx.save(parse_model(model, W=np.eye(2, dtype=np.float32)), tmp_path / "m.onnx")
+    shown = call("compile", tmp_path / "m.onnx", "-o", tmp_path / "other").stdout
+    assert re.search(r"^inputs +'W': the default values are in cells and biases, others have no", shown, re.MULTILINE)
+    assert not re.search(r"^inputs ", call("show", folder).stdout, re.MULTILINE)
 
 
 def test_verify_fails_on_a_changed_file(folder: Path) -> None:
@@ -252,6 +280,29 @@ def test_targets(tmp_path: Path) -> None:
     assert tomllib.loads(call("targets", "paper").stdout)["rows"] == 128
 
 
+# Pipes and devices.
+
+
+@pytest.mark.parametrize("option", ["--masks", "--inputs", "--target"])
+@pytest.mark.parametrize("ending", ["npz", "safetensors", "toml"])
+def test_pipes_are_not_opened(option: str, ending: str, small_model_file: Path, tmp_path: Path) -> None:
+    """Nobody writes into it: opened, it would wait forever."""
+    pipe = tmp_path / f"pipe.{ending}"
+    os.mkfifo(pipe)
+    assert f"pipe.{ending}: " in fail("compile", small_model_file, "-o", tmp_path / "out", option, pipe)
+
+
+def test_a_plan_that_is_a_pipe(folder: Path) -> None:
+    (folder / "plan.json").unlink()
+    os.mkfifo(folder / "plan.json")
+    assert "no plan.json in it" in fail("verify", folder)
+    assert "plan.json: cannot be read: a device or a pipe" in fail("show", folder)
+    (folder / "conductances.safetensors").unlink()
+    os.mkfifo(folder / "conductances.safetensors")
+    with pytest.raises(PlanFormatError, match="cannot be read: a device or a pipe"):
+        TensorFile(folder / "conductances.safetensors")
+
+
 # One array.
 
 
@@ -274,6 +325,33 @@ def test_npy_replaces_a_file_and_leaves_nothing_else(folder: Path, tmp_path: Pat
     before = sorted(tmp_path.rglob("*"))
     assert "No such file or directory" in fail("show", folder, "--array", "1", "--npy", tmp_path / "none" / "a.npy")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["plan.json", "conductances.safetensors", "array.npy", "stages/array.npy"])
+def test_nothing_is_written_into_a_deployment(name: str, folder: Path, tmp_path: Path) -> None:
+    """Its own files would be lost, and others would be in the way of the next one."""
+    call("faults", "draw", folder, "--failure-rate", "0.01", "-o", tmp_path / "chips.csv")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    message = f"{name}: lies in the deployment '{folder}', which holds its own files only; name another place"
+    assert message in fail("show", folder, "--array", "0", "--npy", folder / name)
+    assert message in fail("faults", "draw", folder, "--failure-rate", "0.01", "-o", folder / name)
+    result = call("faults", "show", folder, tmp_path / "chips.csv", "--png", folder / name, code=1)
+    assert message in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_deployment_without_arrays(small_model_file: Path, tmp_path: Path) -> None:
+    """Everything pruned is legal, and has nothing that could fail."""
+    masks = {"conv_weight": np.zeros((8, 3, 3, 3), np.bool_), "fc_weight": np.zeros((10, 128), np.bool_)}
+    np.savez(tmp_path / "masks.npz", **masks)
+    out = tmp_path / "out"
+    call("compile", small_model_file, "-o", out, "--masks", tmp_path / "masks.npz", "-q")
+    call("verify", out)
+    assert "arrays   0" in call("show", out).stdout
+    assert f"{out}: no array 0, there is none: every weight is zero" in fail("show", out, "--array", "0")
+    message = f"{out}: has no arrays, because every weight is zero: there is no cell that could fail"
+    assert message in fail("validate", out, "--runs", "1", "--images", "2", "-o", tmp_path / "report")
+    assert message in fail("faults", "draw", out, "--failure-rate", "0.1", "-o", tmp_path / "chips.csv")
 
 
 def _picture(deployment: Deployment, **options: Any) -> list[str]:
@@ -434,13 +512,13 @@ def test_no_room_for_the_deployment(small_model_file: Path, tmp_path: Path) -> N
 # Map stops there until a signal comes, whatever the machine's speed.
 STOPS_IN_MAP = """
 import sys, time
-from rerampile.cli import main
+from rerampile.__main__ import main
 from rerampile.passes.map import Map
 def run(*_):
     print("in map", file=sys.stderr, flush=True)
     time.sleep(60)
 Map.run = run
-main(sys.argv[1:])
+main()
 """
 
 
@@ -459,6 +537,44 @@ def test_an_interrupted_compile_leaves_nothing_behind(
         process.send_signal(number)
         assert process.stderr.read() == "Aborted\n"
     assert process.returncode == code
+    assert list(tmp_path.iterdir()) == [small_model_file]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
+@pytest.mark.parametrize("module", ["click", "numpy", "onnxruntime"])
+def test_a_signal_while_libraries_are_imported(
+    module: str, number: int, code: int, small_model_file: Path, tmp_path: Path
+) -> None:
+    """There is nothing to clean up, and a library that is interrupted half-way may raise anything."""
+    probe = f"""
+import os, sys
+from rerampile.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), {int(number)})
+            except KeyboardInterrupt:
+                raise ImportError("a library that makes something else of it")
+
+sys.meta_path.insert(0, Interrupts())
+main()
+"""
+    done = _python(probe, "compile", small_model_file, "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (code, "Aborted\n")
+    assert list(tmp_path.iterdir()) == [small_model_file]
+
+
+def test_an_interruption_that_a_library_makes_something_else_of(small_model_file: Path, tmp_path: Path) -> None:
+    change = "try: os.kill(os.getpid(), signal.SIGTERM)\n    except KeyboardInterrupt: raise ImportError('numpy')"
+    probe = "import os, signal\n" + STOPS_IN_MAP.replace("time.sleep(60)", change)
+    done = _python(probe, "compile", small_model_file, "-o", tmp_path / "out")
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "Aborted"
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [small_model_file]
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,94 @@ def test_an_earlier_deployment_with_files_of_the_user(damaged: bool, small_model
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=r"holds 'notes.txt' beside an earlier deployment, which would be lost"):
         compile_model(small_model_file, out=out)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "1-notes.json", "folder", "link.json"])
+def test_files_of_the_user_among_the_stages(name: str, small_model_file: Path, tmp_path: Path) -> None:
+    stages = tmp_path / "out" / "stages"
+    compile_model(small_model_file, out=tmp_path / "out", keep_stages=True)
+    if name == "folder":
+        (stages / name).mkdir()
+        (stages / name / "1-find-layers.json").write_text("mine")
+    elif name == "link.json":
+        (stages / name).symlink_to("1-find-layers.json")
+    else:
+        (stages / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=rf"out: holds 'stages/{name}' beside an earlier deployment"):
+        compile_model(small_model_file, out=tmp_path / "out")
+    assert contents(tmp_path) == before
+    assert (stages / name).is_symlink() or (stages / name).exists()
+
+
+def test_stages_of_a_pass_of_the_users_own_are_ours(small_model_file: Path, tmp_path: Path) -> None:
+    passes = (PASSES[0], replace(PASSES[1], name="my own pruner"), *PASSES[2:])
+    compile_model(small_model_file, out=tmp_path / "out", keep_stages=True, passes=passes)
+    compile_model(small_model_file, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["deployed.onnx", "plan.json", "stages"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_only_has_the_name_of_our_files(name: str, kind: str, small_model_file: Path, tmp_path: Path) -> None:
+    """A folder or a link of the user's is nothing that we wrote."""
+    out = tmp_path / "out"
+    compile_model(small_model_file, out=out)
+    mine = tmp_path / "mine"
+    if kind == "link":
+        mine.mkdir() if name == "stages" else (out / name).rename(mine)
+        (out / name).symlink_to(mine)
+    elif name == "stages":
+        (out / name).write_text("mine")  # where ours is a folder
+    else:
+        (out / name).unlink()
+        (out / name).mkdir()
+        (out / name / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds '.*' beside an earlier deployment|holds something else"):
+        compile_model(small_model_file, out=out)
+    assert contents(tmp_path) == before
+
+
+def test_the_model_in_the_folder_that_would_be_replaced(small_model_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_model(small_model_file, out=out)
+    (tmp_path / "linked").symlink_to("out")
+    before = contents(tmp_path)
+    for model in (out / "deployed.onnx", tmp_path / "linked" / "deployed.onnx"):
+        with pytest.raises(ConfigError, match=r"deployed.onnx: lies in '.*out', which would be replaced; name another"):
+            compile_model(model, out=out)
+    assert contents(tmp_path) == before
+    compile_model(out / "deployed.onnx", out=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("option", ["masks", "inputs"])
+def test_what_is_read_in_the_folder_that_would_be_replaced(option: str, small_model_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_model(small_model_file, out=out, prune=0.5)
+    before = contents(out)
+    path = out / ("masks.safetensors" if option == "masks" else "verification.safetensors")
+    with pytest.raises(ConfigError, match=rf"{path.name}: lies in '.*out', which would be replaced"):
+        compile_model(small_model_file, out=out, **{option: path})
+    assert contents(out) == before
+
+
+def test_external_data_in_the_folder_that_would_be_replaced(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_model(small_model, out=out)
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    (out / "masks.safetensors").write_bytes((tmp_path / "w.bin").read_bytes())
+    data = (tmp_path / "m.onnx").read_bytes()
+    external = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    for tensor in external.graph.initializer:
+        next(e for e in tensor.external_data if e.key == "location").value = "out/masks.safetensors"
+    onnx.save(external, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_bytes() != data
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"masks.safetensors: lies in '.*out', which would be replaced"):
+        compile_model(tmp_path / "m.onnx", out=out)
     assert contents(tmp_path) == before
 
 
@@ -236,6 +324,11 @@ def test_the_model_is_never_written_to(small_model_file: Path, small_model: onnx
         ({"scale": "row"}, "scale 'row': expected tensor or channel"),
         ({"target": "papper"}, r"unknown target 'papper' \(did you mean paper\?\)"),
         ({"target": "missing.toml"}, "missing.toml: no such target file"),
+        ({"prune": "0.5"}, r"prune '0.5': expected a number from 0 up to 1"),
+        ({"prune": {"8": "half"}}, r"prune 8='half': expected a number from 0 up to 1"),
+        ({"passes": ()}, "passes none: wrote no verified plan, expected 'emit' and 'verify' last, as in PASSES"),
+        ({"passes": PASSES[:2]}, "passes find layers, prune: wrote no verified plan"),
+        ({"passes": PASSES[:5]}, "passes find layers, prune, map, allocate, emit: wrote no verified plan"),
         ({"seed": -1}, "seed -1: expected 0 or more"),
         ({"tolerance": float("nan")}, "tolerance nan: expected 0 or more"),
         ({"tolerance": -1.0}, "tolerance -1: expected 0 or more"),

@@ -125,6 +125,38 @@ def test_external_data_outside(location: str | None, external_model: Path) -> No
     assert "outside the model's folder" in message or location == "."
 
 
+@pytest.mark.parametrize("location", ["w\0.bin", "a" * 5000, "d/" * 3000, "a" * 300, "\xff\xfe"])
+def test_external_data_at_what_is_no_name(location: str, external_model: Path) -> None:
+    """One line whatever it is, and one that can be read."""
+    change_entry(external_model, location=location)
+    if location == "\xff\xfe":  # what protobuf cannot decode
+        raw = external_model.read_bytes()
+        external_model.write_bytes(raw.replace(location.encode(), b"\xff\xfe\xff\xfe"))
+    message = refusal(external_model)
+    assert message.startswith("m.onnx: tensor 'W': external data ")
+    assert len(message) < 500
+    message.encode()
+
+
+def test_external_data_behind_links_in_a_circle(external_model: Path) -> None:
+    data = external_model.parent / "w.bin"
+    data.unlink()
+    data.symlink_to("w.bin")
+    assert "m.onnx: tensor 'W': external data file 'w.bin' " in refusal(external_model)
+
+
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_devices_and_pipes_are_not_opened(name: str, external_model: Path, tmp_path: Path) -> None:
+    """A pipe would wait forever, a device may never end; a link to one is one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    message = f"{tmp_path / name}: cannot be read: a device or a pipe, expected a regular file"
+    assert refusal(tmp_path / name) == message
+    (external_model.parent / "w.bin").unlink()
+    os.mkfifo(external_model.parent / "w.bin")
+    assert "external data file 'w.bin' is missing beside the model" in refusal(external_model)
+
+
 def test_external_data_at_an_absolute_path(external_model: Path) -> None:
     change_entry(external_model, location=str(external_model.parent / "w.bin"))
     assert "outside the model's folder; expected a relative path that stays inside it" in refusal(external_model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rerampile import (
     load_deployment,
     verify_deployment,
 )
-from rerampile.plan import FORMAT_VERSION, decode_plan, encode_plan
+from rerampile.plan import FORMAT_VERSION, NO_SHA256, decode_plan, encode_plan
 from rerampile.target import Cell
 
 Change = Callable[[dict[str, Any]], object]
@@ -52,9 +53,14 @@ def folder(compiled: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def change(folder: Path, edit: Change) -> None:
+def change(folder: Path, edit: Change, seal: bool = True) -> None:
+    """Change the plan, and its own hash with it: whoever tampers can do that as well."""
     plan = json.loads((folder / "plan.json").read_bytes())
     edit(plan)
+    if seal:
+        plan["plan_sha256"] = NO_SHA256
+        digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+        plan["plan_sha256"] = digest
     (folder / "plan.json").write_text(json.dumps(plan))
 
 
@@ -205,6 +211,10 @@ MISPLACED: dict[str, tuple[Change, str]] = {
     "slices of a layer": (set_to("layers", 0, "slices", value=1), "conv_weight.cells': uint8 [2, 2, 8, 27], expected"),
     "scheme": (set_to("layers", 0, "scheme", value="two_column"), "layer 'conv_weight': "),
     "significances": (set_to("layers", 0, "significances", value=[1, 2]), "significances [1.0, 2.0], expected [1.0, 4"),
+    "unit": (set_to("layers", 0, "unit", value="S"), "unit S, expected level, as scheme differential and the target"),
+    "zero cells": (set_to("layers", 0, "zero_cells", value=[[0, 0]] * 2), "zero_cells [[0, 0], [0, 0]], expected [[3"),
+    "reference": (set_to("layers", 0, "reference", value=5.0), "reference 5.0, expected None, as scheme differential"),
+    "cells of a weight": (set_to("layers", 0, "cells", value=1), "$.arrays[0]: roles ['plus', 'minus'] and slices"),
     "tensor": (set_to("layers", 0, "cells_tensor", value="x"), "no tensor 'x'; it belongs to another plan"),
     "another layer's tensor": (set_to("layers", 0, "cells_tensor", value="fc_weight.cells"), "fc_weight.cells': uint8"),
     "another layer's gain": (set_to("layers", 0, "gain_tensor", value="fc_weight.gain"), "fc_weight.gain': float32"),
@@ -233,6 +243,118 @@ def test_plans_that_do_not_hold_together(case: str, folder: Path) -> None:
     edit, message = MISPLACED[case]
     change(folder, edit)
     assert message in refusal(folder)
+
+
+def add(*path: Any, by: float = 1) -> Change:
+    def edit(plan: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            plan = plan[key]
+        plan[path[-1]] += by
+
+    return edit
+
+
+RECOUNTED: dict[str, tuple[Change, str]] = {
+    **{
+        f"totals.{field}": (add("totals", field), rf"$.totals.{field}: ")
+        for field in ("layers", "weights", "zeros", "arrays", "partitions", "cells", "cells_used")
+    },
+    **{
+        f"totals.{field}": (add("totals", field), rf"$.totals.{field}: ")
+        for field in ("arrays_saved_by_pruning", "arrays_saved_by_packing", "weights_without_cells")
+    },
+    "totals.sparsity": (set_to("totals", "sparsity", value=0.25), "$.totals.sparsity: 0.25, expected 0.899"),
+    "totals.utilisation": (set_to("totals", "utilisation", value=0.25), "$.totals.utilisation: 0.25, expected 0."),
+    "totals.mean_pair_conductance": (add("totals", "mean_pair_conductance", by=1e-6), "$.totals.mean_pair_cond"),
+    "totals.digital_operations": (add("totals", "digital_operations"), "digital_operations: 3, expected 2; the plan"),
+    "conventions": (
+        set_to("conventions", "rows", value="bit lines"),
+        "$.conventions.rows: bit lines, expected word lines; inputs of a matrix",
+    ),
+    "fewer zeros than were pruned": (add("layers", 0, "zeros", by=-1), "$.layers[0].zeros: 193, expected 194 to "),
+    "more zeros than there are": (set_to("layers", 0, "zeros", value=216), "$.layers[0].zeros: 216, expected 194 to "),
+    "sparsity": (set_to("layers", 1, "sparsity", value=0.1), "$.layers[1].sparsity: 0.1, expected 0."),
+    "kept": (add("layers", 0, "mask", "kept"), "$.layers[0].mask.kept: 23, expected 22; the plan was changed"),
+    "total": (add("layers", 0, "mask", "total"), "$.layers[0].mask.total: 217, expected 216; the plan was changed"),
+    "mean cell": (add("layers", 0, "mean_cell_conductance", by=1e-7), "$.layers[0].mean_cell_conductance: "),
+    "digital node": (
+        set_to("digital", 0, "node", value="Relu_passive"),
+        "$.digital[0]: 'Relu_passive' (Relu), expected 'Relu_active' (Relu) as in deployed.onnx",
+    ),
+    "digital operator": (
+        set_to("digital", 0, "op", value="Sin"),
+        "'Relu_active' (Sin), expected 'Relu_active' (Relu)",
+    ),
+    "digital node left out": (
+        lambda plan: (plan["digital"].pop(), plan["totals"].update(digital_operations=1)),
+        "$.digital[1]: none, expected 'Flatten_flat' (Flatten) as in deployed.onnx",
+    ),
+    "operator of a use": (
+        set_to("layers", 0, "uses", 0, "op", value="Gemm"),
+        "$.layers[0].uses: 'Conv_features' (Gemm), expected 'Conv_features' (Conv) as in deployed.onnx",
+    ),
+    "one use more": (
+        lambda plan: plan["layers"][0]["uses"].append(plan["layers"][0]["uses"][0]),
+        "'Conv_features' (Conv), 'Conv_features' (Conv), expected 'Conv_features' (Conv) as in deployed.onnx",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECOUNTED)
+def test_what_a_plan_says_twice(case: str, folder: Path) -> None:
+    edit, message = RECOUNTED[case]
+    change(folder, edit)
+    assert message in refusal(folder)
+
+
+def test_names_of_nodes_and_the_cells_that_they_read(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    for node in model.graph.node:
+        node.name = f"my {node.op_type}"
+    folder = compile_model(model, out=tmp_path / "out").folder
+    verify_deployment(folder)
+    change(folder, set_to("layers", 0, "uses", 0, "node", value="my Konv"))
+    assert "$.layers[0].uses: 'my Konv' (Conv), expected 'my Conv' (Conv) as in deployed.onnx" in refusal(folder)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every number, text and truth of a plan with its place, of long lists the first two entries."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value[:2]):
+            yield from leaves(inner, (*path, number))
+    else:
+        yield path, value
+
+
+def test_the_plan_has_a_checksum_of_its_own(folder: Path) -> None:
+    """Whatever is changed without it is seen, what nothing else depends on too."""
+    whole = (folder / "plan.json").read_bytes()
+    seen = set()
+    for path, value in leaves(json.loads(whole)):
+        if isinstance(value, bool | None):
+            other: Any = not value if value is not None else 1
+        else:
+            other = f"{value}x" if isinstance(value, str) else value + 1
+        change(folder, set_to(*path, value=other), seal=False)
+        with pytest.raises(PlanFormatError) as caught:
+            verify_deployment(folder)
+        if re.search(r"plan.json: sha256 \w{16}…, expected \w{16}…; it was changed after", str(caught.value)):
+            seen.add(".".join(str(key) for key in path if not isinstance(key, int)))
+        (folder / "plan.json").write_bytes(whole)
+    assert {"producer.version", "model.name", "options.seed", "target.rows", "layers.block", "digital.reason"} <= seen
+    assert {"totals.arrays_without_pruning", "verification.tolerance", "skipped.group", "arrays.core"} <= seen
+    verify_deployment(folder)
+
+
+def test_the_checksum_of_a_plan_needs_no_parser(folder: Path) -> None:
+    data = (folder / "plan.json").read_bytes()
+    digits = re.findall(rb'"plan_sha256": "(\w{64})"', data)
+    assert len(digits) == 1
+    assert hashlib.sha256(data.replace(digits[0], b"0" * 64)).hexdigest().encode() == digits[0]
 
 
 def test_swapped_partitions(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +64,13 @@ def example(writer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_tables_and_example_are_current(writer: ModuleType, page: str) -> None:
     assert writer.page_text(page) == page, REMEDY
+
+
+def test_the_example_has_its_own_checksum(page: str) -> None:
+    found = re.search(r"<!-- example -->\n+```json\n(.*?)```\n", page, re.DOTALL)
+    assert found
+    digits = json.loads(found[1])["plan_sha256"]
+    assert hashlib.sha256(found[1].replace(digits, "0" * 64).encode()).hexdigest() == digits
 
 
 def test_every_record_has_a_table(page: str) -> None:
@@ -151,20 +158,6 @@ def test_the_deployed_model_has_windows_into_the_cells(
                 np.testing.assert_array_equal(windows.pop(f"{name}.g_{role}_{k}"), cells[k, cell])
         np.testing.assert_array_equal(windows.pop(f"{name}.gain"), tensors[layer["gain_tensor"]][:, None])
     assert windows == {}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("significances", [2.0]), ("unit", "level"), ("zero_cells", [[1e-6, 1e-6]]), ("reference", 5e-6), ("cells", 1)],
-)
-def test_what_the_plan_spells_out_is_verified(example: Path, tmp_path: Path, field: str, value: object) -> None:
-    folder = tmp_path / "out"
-    shutil.copytree(example, folder)
-    plan = json.loads((folder / "plan.json").read_text())
-    plan["layers"][0][field] = value
-    (folder / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(rerampile.PlanFormatError, match=field if field != "cells" else "cell"):
-        rerampile.verify_deployment(folder)
 
 
 @pytest.fixture(scope="module")

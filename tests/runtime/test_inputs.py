@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,44 @@ def test_inputs_that_do_not_fit(arrays: dict[str, np.ndarray], message: str, ses
         inputs_from_file(tmp_path / "in.npz", session)
     assert str(caught.value).startswith(str(tmp_path / "in.npz"))
     assert "\n" not in str(caught.value)
+
+
+def npz_with(path: Path, header: str, data: bytes = b"") -> None:
+    """An .npz file with one member, x, of a header of our own."""
+    head = header.encode().ljust(118) + b"\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (f"({10**30}, 3)", rf"shape \[{10**30}, 3\] of type float32, expected numbers of at most 268435456 elements"),
+        (f"({2**40}, 3)", "expected numbers of at most 268435456 elements"),
+        ("(1000000, 3)", r"'x': shape \[1000000, 3\] of type float32, expected what \d+ bytes hold"),
+        ("(-5, 3)", r"'x': shape \[-5, 3\] of type float32, expected what"),
+        ("(" * 300, "not a readable .npz file"),
+    ],
+)
+def test_headers_that_are_absurd(shape: str, message: str, session: Any, tmp_path: Path) -> None:
+    npz_with(tmp_path / "in.npz", f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}")
+    with pytest.raises(DataError, match=message) as caught:
+        inputs_from_file(tmp_path / "in.npz", session)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_read_before_names_and_shapes_fit(session: Any, tmp_path: Path) -> None:
+    """A file of a few kilobytes may hold an array of gigabytes."""
+    zeros = np.zeros(200_000_000, np.uint8)
+    np.savez_compressed(tmp_path / "name.npz", x=X, k=K, huge=zeros)
+    np.savez_compressed(tmp_path / "shape.npz", x=zeros, k=K)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="input 'huge' is not one of the model's"):
+        inputs_from_file(tmp_path / "name.npz", session)
+    with pytest.raises(DataError, match=r"input 'x' is uint8 \[200000000\], expected float32"):
+        inputs_from_file(tmp_path / "shape.npz", session)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("offset", [4, 8, 60])

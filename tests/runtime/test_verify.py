@@ -21,6 +21,7 @@ from rerampile import (
     verify_deployment,
 )
 from rerampile.runtime.compare import output_error, require_tolerance
+from rerampile.tensor_file import TensorFile
 from rerampile.unit import Unit
 
 NAN, INF = np.nan, np.inf
@@ -46,6 +47,7 @@ NAN, INF = np.nan, np.inf
 def test_output_error(found: list[Any], reference: list[Any], error: float, relative: float) -> None:
     result = output_error("y", np.array(found), np.array(reference))
     assert (result.output, result.max_abs_error, result.relative_error) == ("y", error, relative)
+    assert result.numbers == len(reference)
 
 
 def test_outputs_of_other_kinds() -> None:
@@ -86,6 +88,56 @@ def test_a_wrong_weight_is_a_bug_that_is_seen(small_model: onnx.ModelProto, tmp_
     with pytest.raises(InternalError, match=r"layer 'conv_weight': a decoded weight is .* off \(bound"):
         compile_model(small_model, out=tmp_path / "out", passes=passes)
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pass behind emit that writes another value into one cell: what a bug of the encoder would do."""
+
+    place: tuple[int, int, int, int]
+    change: Callable[[Any], Any]
+    name: str = "program"
+
+    def run(self, unit: Unit) -> Unit:
+        path = unit.folder / "conductances.safetensors"
+        spec = TensorFile(path).specs[f"{unit.layers[0].name}.cells"]
+        cells = np.memmap(path, spec.dtype, "r+", spec.offset, spec.shape)
+        cells[self.place] = self.change(cells[self.place])
+        cells.flush()
+        return unit
+
+    def summary(self, unit: Unit) -> Mapping[str, Any]:
+        return {}
+
+
+def product(parse_model: Callable[..., onnx.ModelProto], weights: list[list[float]]) -> onnx.ModelProto:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[2, 2] x) => (float[2, 2] y) { y = MatMul (x, w) }'
+    return parse_model(text, w=np.array(weights, np.float32))
+
+
+def test_a_zero_has_to_decode_to_zero(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    """The last bit of a cell is well within what analog cells allow, but not where a weight was pruned."""
+    model = product(parse_model, [[1, 2], [0, 4]])
+    for place, refused in (((0, 0, 1, 1), False), ((0, 0, 0, 1), True)):
+        program = Program(place, lambda cell: np.nextafter(cell, np.float32(0)))
+        passes = (*PASSES[:5], program, PASSES[5])
+        if not refused:
+            compile_model(model, out=tmp_path / "out", passes=passes)
+            continue
+        with pytest.raises(InternalError, match=r"layer 'w': .*, or a pruned weight is not zero"):
+            compile_model(model, out=tmp_path / "out", passes=passes)
+
+
+def test_a_level_off_is_more_than_half_a_level(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    """A weight of a quarter of a step is held as none; held as one it is three quarters off."""
+    cell = {"g_off": 1e-6, "g_on": 1e-4, "levels": 4}
+    target = Target.from_dict({"name": "coarse", "rows": 8, "columns": 8, "cell": cell})
+    options: dict[str, Any] = {"target": target, "mapping": "two_column", "out": tmp_path / "out"}
+    model = product(parse_model, [[3, 3], [0.25, 1]])
+    compile_model(model, **options)
+    program = Program((0, 0, 0, 1), lambda code: code + 1)
+    with pytest.raises(InternalError, match=r"layer 'w': a decoded weight is 0.75 off \(bound 0.5"):
+        compile_model(model, passes=(*PASSES[:5], program, PASSES[5]), **options)
 
 
 def test_verification_before_emit_is_a_bug(small_model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -138,3 +190,10 @@ def test_outputs_of_nothing_but_nan_prove_nothing(parse_model: Callable[..., onn
     )
     with pytest.raises(FaultRunError, match="every output is NaN, so that nothing can be compared"):
         compile_model(model, out=tmp_path / "out")
+
+
+def test_inputs_that_give_no_outputs_prove_nothing(small_model: onnx.ModelProto, tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", image=np.zeros((0, 3, 4, 4), np.float32))
+    with pytest.raises(FaultRunError, match=r"none\.npz: every output is empty for these inputs"):
+        compile_model(small_model, out=tmp_path / "out", inputs=tmp_path / "none.npz")
+    assert not (tmp_path / "out").exists()

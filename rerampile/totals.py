@@ -1,0 +1,70 @@
+"""The sums of a plan, counted from its layers, its arrays and what takes no cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rerampile.plan import ArrayPlan, LayerPlan, Region, Totals
+from rerampile.target import Target
+
+__all__ = ["totals_of", "weights_without_cells"]
+
+
+def totals_of(
+    target: Target,
+    layers: Sequence[LayerPlan],
+    skipped: Sequence[Region],
+    arrays: Sequence[ArrayPlan],
+    *,
+    digital: int,
+    arrays_without_pruning: int,
+    arrays_before_packing: int,
+) -> Totals:
+    """Return the sums of a plan.
+
+    Args:
+        target: The hardware.
+        layers: The layers.
+        skipped: What takes no cells.
+        arrays: The arrays.
+        digital: Number of digital operations.
+        arrays_without_pruning: What allocation with no row and no column left out would take.
+        arrays_before_packing: What allocation without packing would take.
+    """
+    left_out = weights_without_cells(len(layers), skipped)
+    counts = [layer.groups * layer.outputs * layer.inputs for layer in layers]
+    held = [count - without for count, without in zip(counts, left_out, strict=True)]
+    pairs = sum(p.cells * count * p.mean_cell_conductance for p, count in zip(layers, held, strict=True))
+    weights, zeros = sum(counts), sum(layer.zeros for layer in layers)
+    cells = len(arrays) * target.rows * target.columns
+    used = sum(_weights_of(array) * len(array.roles) * len(array.slices) for array in arrays)
+    return Totals(
+        layers=len(layers),
+        weights=weights,
+        zeros=zeros,
+        sparsity=zeros / weights if weights else 0.0,
+        arrays=len(arrays),
+        partitions=sum(len(array.partitions) for array in arrays),
+        cells=cells,
+        cells_used=used,
+        utilisation=used / cells if cells else 0.0,
+        arrays_without_pruning=arrays_without_pruning,
+        arrays_before_packing=arrays_before_packing,
+        arrays_saved_by_pruning=arrays_without_pruning - arrays_before_packing,
+        arrays_saved_by_packing=arrays_before_packing - len(arrays),
+        weights_without_cells=sum(left_out),
+        mean_pair_conductance=pairs / sum(held) if any(held) else 0.0,
+        digital_operations=digital,
+    )
+
+
+def weights_without_cells(layers: int, skipped: Sequence[Region]) -> list[int]:
+    """Return how many weights of each layer take no cells."""
+    counts = [0] * layers
+    for region in skipped:
+        counts[region.layer] += region.input_count * region.output_count
+    return counts
+
+
+def _weights_of(array: ArrayPlan) -> int:
+    return sum((p.groups[1] - p.groups[0]) * p.input_count * p.output_count for p in array.partitions)
