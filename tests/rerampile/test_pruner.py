@@ -1,0 +1,232 @@
+"""Pruning a whole model: the layers towards the dense model's outputs, the command, its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+
+from rerampile import ConfigError, DataError, compile_model
+from rerampile.cli import main
+from rerampile.editable_model import EditableModel, can_shift
+from rerampile.graph import ModelGraph
+from rerampile.onnx_file import load_model_file
+from rerampile.passes.find_layers import find_layers
+from rerampile.pruner import PruneRequest, prune_model
+from rerampile.runtime.data import Dataset, open_dataset
+
+IMAGES = 96
+
+
+@pytest.fixture(scope="module")
+def model(parse_model: Callable[..., onnx.ModelProto]) -> onnx.ModelProto:
+    """Four layers: with BatchNormalization, with float16 weights behind a Cast, grouped, and a Gemm."""
+    rng = np.random.default_rng(3)
+
+    def weights(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) / np.float32(np.prod(shape[1:]) ** 0.5)
+
+    return parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N, 3, 6, 6] image) => (float[N, 5] scores) {
+            a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, first)
+            b = BatchNormalization (a, scale, shift, mean, variance)
+            c = Relu (b)
+            half = Cast <to = 1> (second)
+            d = Conv <kernel_shape = [3, 3]> (c, half, second_bias)
+            e = Relu (d)
+            f = Conv <kernel_shape = [1, 1], group = 2> (e, third)
+            g = Relu (f)
+            h = Flatten (g)
+            scores = Gemm <transB = 1> (h, last, last_bias)
+        }
+        """,
+        first=weights(8, 3, 3, 3),
+        scale=rng.uniform(0.5, 2, 8).astype(np.float32),
+        shift=weights(8),
+        mean=weights(8),
+        variance=rng.uniform(0.5, 2, 8).astype(np.float32),
+        second=weights(12, 8, 3, 3).astype(np.float16),
+        second_bias=weights(12),
+        third=weights(8, 6, 1, 1),
+        last=weights(5, 128),
+        last_bias=weights(5),
+    )
+
+
+@pytest.fixture(scope="module")
+def path(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pruner") / "net.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def graph(path: Path) -> ModelGraph:
+    return ModelGraph(load_model_file(path))
+
+
+@pytest.fixture(scope="module")
+def data(path: Path) -> Dataset:
+    return open_dataset("generated", onnxruntime.InferenceSession(path), generate=IMAGES)
+
+
+def outputs(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    (scores,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": images})
+    return scores
+
+
+def loaded(folder: Path) -> onnx.ModelProto:
+    return onnx.load(folder / "model.onnx")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["prune", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(9).standard_normal((64, 3, 6, 6), np.float32)
+
+
+def test_what_is_set_is_what_is_read(graph: ModelGraph, model: onnx.ModelProto, images: np.ndarray) -> None:
+    layers, _ = find_layers(graph)
+    copy = EditableModel(graph, layers)
+    np.testing.assert_allclose(outputs(_whole(copy), images), outputs(model, images), atol=1e-5)
+    layer = layers[0]
+    assert can_shift(graph, layer)
+    copy.shift(layer, np.full(8, 0.25))
+    (found,) = _tensor(copy, "b", images)
+    (before,) = _tensor(EditableModel(graph, layers), "b", images)
+    np.testing.assert_allclose(found, before + 0.25, atol=1e-5)
+    assert [copy.weight_name(layer) for layer in layers] == ["first", "second", "third", "last"]
+
+
+def _whole(copy: EditableModel) -> onnx.ModelProto:
+    """The copy with its large tensors in it."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(copy.model.proto)
+    for tensor in proto.graph.initializer:
+        copy.model.put_back(tensor)
+    return proto
+
+
+def _tensor(copy: EditableModel, name: str, images: np.ndarray) -> list[np.ndarray]:
+    proto = _whole(copy)
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    return onnxruntime.InferenceSession(proto.SerializeToString()).run([name], {"image": images})
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8])
+def test_the_default_engine_keeps_outputs_better_than_magnitude(
+    graph: ModelGraph, data: Dataset, model: onnx.ModelProto, tmp_path: Path, path: Path, ratio: float
+) -> None:
+    shown = np.concatenate([batch.inputs["image"] for batch in data.batches(32, np.arange(IMAGES))])
+    dense, errors = outputs(model, shown), {}
+    for method in ("magnitude", "admm"):
+        out = tmp_path / method
+        arguments = [path, "--prune", ratio, "--calibration", "generated", "--images", IMAGES, "--method", method]
+        done = run(*arguments, "-o", out, "-q", "--json")
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout)
+        assert record["sparsity"] == pytest.approx(ratio, abs=0.01)
+        errors[method] = float(np.square(outputs(loaded(out), shown) - dense).mean())
+    assert errors["admm"] < errors["magnitude"]
+
+
+def test_files_go_straight_to_compile(path: Path, tmp_path: Path, model: onnx.ModelProto) -> None:
+    out = tmp_path / "out"
+    done = run(path, "--prune", "0.6", "--calibration", "generated", "--images", "32", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert {entry.name for entry in out.iterdir()} == {"model.onnx", "masks.safetensors", "pruning.json"}
+    masks, weights = load_file(out / "masks.safetensors"), {t.name: t for t in loaded(out).graph.initializer}
+    assert set(masks) == {"second", "third"}  # the first and the last layer are protected
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(weights[name]) != 0, mask)
+    deployment = compile_model(out / "model.onnx", out=tmp_path / "deployment", masks=out / "masks.safetensors")
+    assert {layer.name: layer.mask is not None for layer in deployment.plan.layers} == {
+        "first": False,
+        "second": True,
+        "third": True,
+        "last": False,
+    }
+
+
+@pytest.mark.parametrize("structure", ["2:3", "rows", "columns"])
+def test_structures(graph: ModelGraph, data: Dataset, structure: str) -> None:
+    pruned = prune_model(graph, data, PruneRequest(ratios={"*": 0.25}, structure=structure), images=32)
+    second = next(layer for layer in pruned.layers if layer.name == "second").kept.reshape(12, 72)
+    if structure == "2:3":
+        assert (second.reshape(12, 24, 3).sum(axis=2) == 2).all()
+    elif structure == "rows":
+        assert (~second.any(axis=0)).sum() == 18
+    else:
+        assert (~second.any(axis=1)).sum() == 3
+
+
+@pytest.mark.parametrize("allot", ["threshold", "sensitivity"])
+def test_a_budget_for_all_layers(graph: ModelGraph, data: Dataset, allot: str) -> None:
+    request = PruneRequest(ratios={"*": 0.5}, allot=allot, protect=("first",))
+    pruned = prune_model(graph, data, request, images=32)
+    assert pruned.sparsity == pytest.approx(0.5, abs=0.01)
+    assert len({layer.ratio for layer in pruned.layers}) > 1
+    assert pruned.left == {"first": "protected"}
+
+
+def test_an_interrupted_pruning_goes_on_to_the_same_bytes(graph: ModelGraph, data: Dataset, tmp_path: Path) -> None:
+    request = PruneRequest(ratios={"*": 0.5})
+
+    def stop(done: int, count: int, name: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(graph, data, request, images=32, checkpoint=tmp_path, progress=stop)
+    kept = {entry.name: entry.stat().st_mtime_ns for entry in tmp_path.iterdir()}
+    assert len(kept) == 1
+    resumed = prune_model(graph, data, request, images=32, checkpoint=tmp_path)
+    whole = prune_model(graph, data, request, images=32)
+    assert resumed.model.proto.SerializeToString() == whole.model.proto.SerializeToString()
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())
+    with pytest.raises(DataError, match="of another pruning; remove the folder to start anew"):
+        prune_model(graph, data, PruneRequest(ratios={"*": 0.6}), images=32, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "--prune: expected a ratio, or --structure N:M"),
+        (["--prune", "1"], 1, "--prune 1: expected a ratio of 0 or more and less than 1"),
+        (["--prune", "sekond=0.5"], 1, "--prune sekond=0.5: no block and no layer of that name"),
+        (["--prune", "0.5", "--method", "adm"], 1, "--method adm: no such engine (did you mean admm, "),
+        (["--prune", "0.5", "--structure", "row"], 1, "--structure row: expected weights, rows, columns, or N:M"),
+        (["--structure", "5:4"], 1, "5:4 sparsity: expected N:M with 1 <= N <= M, as in 2:4"),
+        (["--prune", "0.5", "--protect", "fist"], 1, "--protect fist: no block and no layer of that name"),
+        (["--prune", "0.5", "--calibration", "cifar10:nowhere"], 1, "nowhere"),
+    ],
+)
+def test_bad_requests(path: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    done = run(path, "--calibration", "generated", "--images", "8", "-o", tmp_path / "out", "-q", *arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_files_stay(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = run(path, "--prune", "0.5", "--calibration", "generated", "-o", tmp_path)
+    assert done.exit_code == 1
+    assert "holds 'mine.txt', expected a new or empty folder; name another one with -o" in done.stderr
+
+
+def test_nothing_is_left_to_choose_for_an_unknown_engine(graph: ModelGraph, data: Dataset) -> None:
+    with pytest.raises(ConfigError, match="--method obs: no such engine"):
+        prune_model(graph, data, PruneRequest(ratios={"*": 0.5}, engine="obs"))
