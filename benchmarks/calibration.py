@@ -31,11 +31,6 @@ def main() -> None:
     session = open_session(asked.model)
     data = open_dataset(asked.data, session)
     images = spread(len(data), min(asked.images, len(data)))
-    plain = 0.0
-    for batch in data.batches(asked.batch or 16, images):
-        start = time.perf_counter()
-        run(session, batch.inputs)
-        plain += time.perf_counter() - start
     graph = ModelGraph(load_model_file(asked.model))
     layers, _ = find_layers(graph)
     start = time.perf_counter()
@@ -43,6 +38,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
     sums = sum(moments.moment.nbytes for moments in {id(m): m for m in found.values()}.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plain = 0.0
+    for batch in data.batches(asked.batch or 16, images):
+        start = time.perf_counter()
+        run(session, batch.inputs)
+        plain += time.perf_counter() - start
     widest = max(layer.view.inputs for layer in layers)
     print(f"{asked.model.name}: {len(found)} layers of up to {widest} inputs, {len(reasons)} not seen")
     print(f"{len(images)} images: {seconds:.1f} s, plain run {plain:.1f} s, ratio {seconds / plain:.1f}")

@@ -15,7 +15,7 @@ from rerampile.deployment import Deployment, footprint, layer_coding
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Region
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region
 from rerampile.schemes import Coding, row_chunks
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
@@ -56,7 +56,6 @@ def check_placement(deployment: Deployment) -> None:
     for layer in plan.layers:
         deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
         _check_view(deployment, layer)
-    covers = [np.zeros((layer.groups * layer.outputs, layer.inputs), np.bool_) for layer in plan.layers]
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
@@ -75,22 +74,49 @@ def check_placement(deployment: Deployment) -> None:
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
-        if array.roles[0] == "plus":
-            for partition in array.partitions:
-                for group in range(*partition.groups):
-                    _paint(covers[partition.layer], plan.layers[partition.layer], group, partition, where)
     for number, region in enumerate(plan.skipped):
         if not 0 <= region.layer < len(plan.layers):
             raise PlanFormatError(f"$.skipped[{number}]: layer {region.layer}, expected 0 to {len(plan.layers) - 1}")
-        _paint(covers[region.layer], plan.layers[region.layer], region.group, region, f"$.skipped[{number}]")
-    for layer, cover in zip(plan.layers, covers, strict=True):
-        if not cover.all():
-            output, input_ = np.unravel_index(int(cover.argmin()), cover.shape)
-            raise PlanFormatError(f"layer '{layer.name}': weight [{output}, {input_}] sits in 0 places, expected 1")
+    parts: list[list[_Part]] = [[] for _ in plan.layers]
+    for number, part in _parts(plan):
+        parts[number].append(part)
+    for layer, own in zip(plan.layers, parts, strict=True):
+        _check_cover(layer, own)
 
 
-def _paint(cover: Flags, layer: LayerPlan, group: int, part: Partition | Region, where: str) -> None:
-    """Note where the weights of a partition or region sit; refuse those that sit somewhere already."""
+# A group of a layer, a rectangle of its matrix, and where the plan has it.
+_Part = tuple[int, Partition | Region, str]
+
+
+def _parts(plan: Plan) -> Iterator[tuple[int, _Part]]:
+    """Yield each rectangle of a plan, whether it has cells or is skipped, with the number of its layer."""
+    for number, array in enumerate(plan.arrays):
+        if array.roles[0] == "plus":  # twins hold the same weights
+            for partition in array.partitions:
+                for group in range(*partition.groups):
+                    yield partition.layer, (group, partition, f"$.arrays[{number}]")
+    for number, region in enumerate(plan.skipped):
+        yield region.layer, (region.group, region, f"$.skipped[{number}]")
+
+
+def _check_cover(layer: LayerPlan, parts: list[_Part]) -> None:
+    """Check that rectangles hold each weight of a layer once: all are painted, and nothing was painted twice."""
+    cover = np.zeros((layer.groups * layer.outputs, layer.inputs), np.bool_)
+    area = sum(_paint(cover, layer, *part) for part in parts)
+    painted = int(np.count_nonzero(cover))
+    if painted < area:  # once more, to tell where
+        cover[:] = False
+        for part in parts:
+            _paint(cover, layer, *part, once=True)
+    if painted < cover.size:
+        output, input_ = np.unravel_index(int(cover.argmin()), cover.shape)
+        raise PlanFormatError(f"layer '{layer.name}': weight [{output}, {input_}] sits in 0 places, expected 1")
+
+
+def _paint(
+    cover: Flags, layer: LayerPlan, group: int, part: Partition | Region, where: str, *, once: bool = False
+) -> int:
+    """Note where the weights of a rectangle sit and return how many; ``once`` refuses those that sit somewhere."""
     inputs, outputs = _indices(part, "input", layer.inputs, where), _indices(part, "output", layer.outputs, where)
     if not 0 <= group < layer.groups:
         raise PlanFormatError(f"{where}: group {group}, expected 0 to {layer.groups - 1}")
@@ -98,12 +124,13 @@ def _paint(cover: Flags, layer: LayerPlan, group: int, part: Partition | Region,
     place: Any = (outputs, inputs)
     if not (isinstance(inputs, slice) and isinstance(outputs, slice)):
         place = np.ix_(np.arange(layer.outputs)[outputs], np.arange(layer.inputs)[inputs])
-    if rows[place].any():
+    if once and rows[place].any():
         output, input_ = (int(axis[0]) for axis in np.nonzero(rows[place]))
         raise PlanFormatError(
             f"{where}: layer '{layer.name}': weight [{output}, {input_}] of the part sits in 2 places, expected 1"
         )
     rows[place] = True
+    return part.input_count * part.output_count
 
 
 def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slice | npt.NDArray[np.int64]:

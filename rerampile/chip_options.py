@@ -14,7 +14,15 @@ import click
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
 
-__all__ = ["data_options", "effort_options", "execution_options", "fault_options", "metric_options", "seed_option"]
+__all__ = [
+    "calibration_options",
+    "data_options",
+    "effort_options",
+    "execution_options",
+    "fault_options",
+    "metric_options",
+    "seed_option",
+]
 
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
 
@@ -134,15 +142,9 @@ fault_options = _family(_FAULT_OPTIONS, "faults", _fault_models)
 
 # What they are measured on.
 
-_DATA_OPTIONS = (
-    click.option(
-        "--data",
-        metavar="DATA",
-        default="generated",
-        show_default=True,
-        help="cifar10:DIR, imagefolder:DIR, "
-        "coco:IMAGES,instances.json, npz:FILE (each with @train or @test), or generated inputs.",
-    ),
+_ADAPTERS = "cifar10:DIR, imagefolder:DIR, coco:IMAGES,instances.json, npz:FILE (each with @train or @test)"
+
+_IMAGE_OPTIONS = (
     click.option("--images", type=click.IntRange(1), help="Use that many, spread over the data."),
     click.option(
         "--preprocess",
@@ -171,8 +173,36 @@ def _data(*, data: str, images: int | None, skip_bad: bool, batch: int, **pieces
     return {"data": data, "preprocessing": preprocessing, "images": images, "skip_bad": skip_bad, "batch": batch}
 
 
-data_options = _family(_DATA_OPTIONS, "data", _data)
+data_options = _family(
+    (
+        click.option(
+            "--data",
+            metavar="DATA",
+            default="generated",
+            show_default=True,
+            help=f"{_ADAPTERS}, or generated inputs.",
+        ),
+        *_IMAGE_OPTIONS,
+    ),
+    "data",
+    _data,
+)
 """Gives a command ``data``: what to run on, as fields of an ``Experiment``."""
+
+calibration_options = _family(
+    (
+        click.option(
+            *("--calibration", "data"),
+            metavar="DATA",
+            required=True,
+            help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
+        ),
+        *_IMAGE_OPTIONS,
+    ),
+    "data",
+    _data,
+)
+"""Gives a command ``data``: what to calibrate with, as fields of an ``Experiment``."""
 
 _METRIC_OPTIONS = (
     click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each."),

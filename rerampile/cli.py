@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.command import PATH, examples, json_option, print_json, scale_option, target_options
+from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.predict_command import predict
+from rerampile.prune_command import prune
 from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
@@ -141,19 +142,6 @@ class _NearChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-def _ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:
-    """Read ``0.6``, or ``64=0.2,128=0.4``: one pruning ratio, or one for each name."""
-    if value is None:
-        return None
-    try:
-        if "=" not in value:
-            return float(value)
-        parts = [part.rsplit("=", 1) for part in value.split(",")]
-        return {name.strip(): float(ratio) for name, ratio in parts}
-    except ValueError:
-        raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
-
-
 # Commands.
 
 
@@ -200,7 +188,7 @@ def main() -> None:
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
-    callback=_ratios,
+    callback=read_ratios,
     help="Zero the smallest weights: one ratio, or one for each block (a number of output channels) or layer name "
     "pattern; later ones win.",
 )
@@ -428,5 +416,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (validate, compare, predict, fault_maps):
+for command in (prune, validate, compare, predict, fault_maps):
     main.add_command(command)

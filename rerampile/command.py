@@ -16,6 +16,7 @@ __all__ = [
     "examples",
     "json_option",
     "print_json",
+    "read_ratios",
     "refuse_given",
     "report_folder",
     "scale_option",
@@ -75,6 +76,19 @@ def report_folder(out: Path) -> Path:
     if foreign and not any(name.endswith("journal.jsonl") for name in names):
         raise ConfigError(f"-o {out}: holds a '{foreign[0]}' of something else, which would be lost; {remedy}")
     return out
+
+
+def read_ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:
+    """Read ``0.6``, or ``64=0.2,128=0.4``: one pruning ratio, or one for each name."""
+    if value is None:
+        return None
+    try:
+        if "=" not in value:
+            return float(value)
+        parts = [part.rsplit("=", 1) for part in value.split(",")]
+        return {name.strip(): float(ratio) for name, ratio in parts}
+    except ValueError:
+        raise click.BadParameter(f"'{value}': expected a ratio like 0.6, or pairs like 64=0.2,128=0.4") from None
 
 
 def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

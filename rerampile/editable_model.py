@@ -67,6 +67,10 @@ class EditableModel:
                 self.shift(layer, np.zeros(layer.view.channels))
         self.model: ModelFile = replace(graph.model, proto=proto)
 
+    def weight_name(self, layer: Layer) -> str:
+        """Return the name of a layer's weights in the copy."""
+        return self._names[layer.name]
+
     def set_weights(self, layer: Layer, matrix: Floats) -> None:
         """Give a layer other weights.
 

@@ -40,9 +40,11 @@ __all__ = [
     "hash_on_disk",
     "iter_graphs",
     "load_model_file",
+    "write_model_file",
 ]
 
 _PROTOBUF_LIMIT = 2**31 - 1
+_LARGEST_MESSAGE = 2**31 - 2**20  # what is left for the graph around large tensors
 _OWN_DATA = "\0"  # location of data that lie in the model file itself: no path can have this name
 OLDEST_OPSET = 7
 
@@ -412,6 +414,23 @@ def _inline_other_opsets(model: ModelFile, proto: onnx.ModelProto) -> onnx.Model
     del inlined.graph.value_info[:]
     inlined.graph.value_info.extend(known)
     return inlined
+
+
+def write_model_file(model: ModelFile, path: Path) -> None:
+    """Write a model, with all its tensors, to a temporary sibling that is renamed.
+
+    What does not fit one ONNX file goes to external data beside it, named after it.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for tensor in _all_tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(model.array(tensor)), tensor.name))
+    temporary = path.with_name(f".{path.name}")
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)
+    onnx.save(proto, temporary, save_as_external_data=proto.ByteSize() > _LARGEST_MESSAGE, location=beside.name)
+    temporary.replace(path)
 
 
 def copy_without(message: Any, *fields: str) -> Any:

@@ -1,21 +1,357 @@
 """Prune a model from calibration images alone: layer after layer, each towards what the dense model gives there.
 
-The first layers that are pruned change what later ones see. So each layer is fitted to the dense model's outputs on the
-inputs of the model pruned so far, and where it has a bias of its own, scale and bias are fitted together: the engine
-works with centred moments, and the bias takes the rest (docs/pruning.md).
+Layers that were pruned change what later ones see. So each layer is fitted to the outputs of the dense model on the
+inputs of the model pruned so far; where it has a bias of its own, weights and bias are fitted together: the engine
+works with centred moments, and the bias makes up for the mean (docs/pruning.md).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Allotment", "PruneOptions", "PrunedLayer", "PrunedModel", "Structure", "prune_model"]
+from rerampile.editable_model import EditableModel, can_shift
+from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.graph import ModelGraph
+from rerampile.layer import Layer
+from rerampile.onnx_file import ModelFile
+from rerampile.passes.find_layers import find_layers
+from rerampile.passes.pruning.constraint import BlockSparsity, Constraint, NOfM, Sparsity
+from rerampile.passes.pruning.engine import ENGINES, prune_layer
+from rerampile.passes.pruning.problem import LayerProblem, layer_problem
+from rerampile.passes.pruning.ratios import (
+    allotted_ratios,
+    asked_ratios,
+    loss_table,
+    protected_layers,
+    relative_scores,
+    threshold_ratios,
+)
+from rerampile.runtime.dataset import Dataset, Indices, spread
+from rerampile.runtime.second_moments import CrossMoments, Moments, cross_moments, second_moments
+from rerampile.tensor_file import TensorFile, TensorWriter
+
+__all__ = ["PruneRequest", "PrunedLayer", "PrunedModel", "prune_model"]
 
 Doubles = npt.NDArray[np.float64]
-Allotment = Literal["uniform", "threshold", "sensitivity"]
-Structure = Literal["weights", "rows", "columns"]
 
-_GRID = tuple(np.round(np.arange(0, 0.96, 0.05), 2))
+_GRID = tuple(float(ratio) for ratio in np.round(np.arange(0, 0.96, 0.05), 2))  # of tables of losses
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """What is asked of a pruning.
+
+    Attributes:
+        ratios: Share of the weights (or rows, or columns) that goes, by block or layer name pattern in order, ``"*"``
+            for all layers; without effect where the structure says it.
+        engine: A name of :data:`rerampile.passes.pruning.engine.ENGINES`.
+        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, or as in ``2:4``, all but 2 of every 4
+            neighbouring inputs.
+        allot: Whether each layer of a key loses the same share, or all together lose it: the weights below one
+            ``threshold``, or by the ``sensitivity`` of the layers.
+        protect: Layers that are not pruned: ``first``, ``last``, and blocks or layer name patterns.
+    """
+
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    engine: str = next(iter(ENGINES))
+    structure: str = "weights"
+    allot: Literal["uniform", "threshold", "sensitivity"] = "uniform"
+    protect: tuple[str, ...] = ("first", "last")
+
+    def constraint(self, ratio: float) -> Constraint:
+        """Return what a layer's weights have to be.
+
+        Raises:
+            ConfigError: The structure is unknown, or the ratio is outside [0, 1).
+        """
+        if found := _N_OF_M.fullmatch(self.structure):
+            return NOfM(int(found[1]), int(found[2]))
+        makers: dict[str, Callable[[float], Constraint]] = {
+            "weights": Sparsity,
+            "rows": BlockSparsity.rows,
+            "columns": BlockSparsity.columns,
+        }
+        if self.structure not in makers:
+            raise ConfigError(f"--structure {self.structure}: expected {', '.join(makers)}, or N:M as in 2:4")
+        return makers[self.structure](ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedLayer:
+    """One layer after pruning.
+
+    Attributes:
+        name: Its name.
+        tensor: Name of its weights in the pruned model.
+        ratio: The ratio that it was given.
+        kept: Which weights are left, bool in the shape of that tensor.
+        loss: Mean squared change of its outputs over their mean square, on the calibration images.
+        deficient: Whether there were too few images for as many inputs.
+    """
+
+    name: str
+    tensor: str
+    ratio: float
+    kept: npt.NDArray[np.bool_] = field(repr=False)
+    loss: float
+    deficient: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedModel:
+    """A pruned model.
+
+    Attributes:
+        model: The model, with exact zeros and new weights and biases; its tensors have the names of the original's.
+        layers: The layers that were pruned, in the order of the model.
+        left: The layers that were not, with the reason.
+    """
+
+    model: ModelFile
+    layers: list[PrunedLayer]
+    left: dict[str, str]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights of all pruned layers that is zero."""
+        total = sum(layer.kept.size for layer in self.layers)
+        return 1 - sum(int(np.count_nonzero(layer.kept)) for layer in self.layers) / max(total, 1)
+
+
+def prune_model(
+    graph: ModelGraph,
+    data: Dataset,
+    request: PruneRequest,
+    *,
+    images: int = 1024,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> PrunedModel:
+    """Prune a model.
+
+    Args:
+        graph: The model, which stays as it is.
+        data: Calibration images; labels are not needed.
+        request: What is asked.
+        images: How many of the images to use at most, spread over the data.
+        checkpoint: A folder that takes each finished layer; the same call goes on from it, to the same bytes.
+        progress: Called with (layers done, layers, name of the next one or "").
+
+    Raises:
+        ConfigError: The request does not fit the model.
+        DataError: The images do not fit the model, or the checkpoint belongs to another pruning.
+    """
+    if request.engine not in ENGINES:
+        raise ConfigError(f"--method {request.engine}: no such engine{did_you_mean(request.engine, ENGINES)}")
+    request.constraint(0.0)
+    layers, _ = find_layers(graph)
+    indices = spread(len(data), min(len(data), images))
+    ratios, left = _ratios(graph, layers, data, indices, request)
+    pruned = [layer for layer in layers if layer.name in ratios]
+    after = layers[layers.index(pruned[0]) :] if pruned else []
+    shifted = [layer for layer in after if layer.name not in ratios and can_shift(graph, layer)]
+    work = [layer for layer in layers if layer in pruned or layer in shifted]
+    editable = EditableModel(graph, work)
+    steps = _Checkpoint(checkpoint, _experiment(graph, data, indices, request))
+    report = progress or (lambda done, count, name: None)
+    found = []
+    for number, layer in enumerate(work):
+        report(number, len(work), layer.name)
+        step = steps.read(layer.name)
+        if step is None:
+            step = _fit(graph, editable.model, layer, data, indices, request, ratios.get(layer.name))
+            steps.write(layer.name, step)
+        editable.set_weights(layer, step.weights.reshape(layer.view.shape))
+        if step.shift is not None:
+            editable.shift(layer, step.shift)
+        if layer.name in ratios:
+            kept = (step.weights != 0).reshape(layer.view.shape)
+            found.append(
+                PrunedLayer(
+                    name=layer.name,
+                    tensor=editable.weight_name(layer),
+                    ratio=ratios[layer.name],
+                    kept=layer.view.tensor(kept),
+                    loss=step.loss,
+                    deficient=step.deficient,
+                )
+            )
+    report(len(work), len(work), "")
+    return PrunedModel(model=editable.model, layers=found, left=left)
+
+
+def _ratios(
+    graph: ModelGraph, layers: Sequence[Layer], data: Dataset, images: Indices, request: PruneRequest
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the ratio of each layer that is pruned, and the reason for each that is not."""
+    keys: dict[str, str] = {}  # which of the user's words a layer goes by
+    for key, ratio in ({"*": 0.0} if _N_OF_M.fullmatch(request.structure) else request.ratios).items():
+        keys.update(dict.fromkeys(asked_ratios({key: ratio}, layers), key))
+    protected = protected_layers(request.protect, layers)
+    left: dict[str, str] = {}
+    chosen: list[Layer] = []
+    for layer in layers:
+        reason = _reason(layer, layer.name in protected, layer.name in keys, request)
+        if reason is None:
+            chosen.append(layer)
+        else:
+            left[layer.name] = reason
+    if request.allot == "uniform" or _N_OF_M.fullmatch(request.structure):
+        _, unseen = second_moments(graph, chosen, data, images[:1])
+        ratios = {layer.name: request.ratios.get(keys[layer.name], 0.0) for layer in chosen}
+    else:
+        moments, unseen = second_moments(graph, chosen, data, images)
+        ratios = {}
+        for key in dict.fromkeys(keys.values()):
+            together = [layer for layer in chosen if keys[layer.name] == key and layer.name not in unseen]
+            problems = {layer.name: _problem(graph, layer, moments[layer.name]) for layer in together}
+            if request.allot == "threshold":
+                scores = {name: relative_scores(problem) for name, problem in problems.items()}
+                ratios |= threshold_ratios(scores, request.ratios[key])
+            else:
+                tables = {name: loss_table(problem, _GRID) for name, problem in problems.items()}
+                sizes = {layer.name: layer.view.shape[0] * layer.view.shape[1] for layer in together}
+                ratios |= allotted_ratios(tables, _GRID, sizes, request.ratios[key])
+    left |= unseen
+    return {name: ratio for name, ratio in ratios.items() if name not in unseen}, left
+
+
+def _problem(graph: ModelGraph, layer: Layer, found: Moments) -> LayerProblem:
+    return layer_problem(_weights(graph, layer), found.moment / found.count)
+
+
+def _reason(layer: Layer, protected: bool, asked: bool, request: PruneRequest) -> str | None:
+    """Return why a layer is not pruned, None if it is."""
+    if not asked:
+        return "no ratio was asked for it"
+    if protected:
+        return "protected"
+    if layer.integer:
+        return "its weights are whole numbers"
+    found = _N_OF_M.fullmatch(request.structure)
+    if found and layer.view.inputs % int(found[2]):
+        return f"{layer.view.inputs} inputs are no multiple of {found[2]}"
+    return None
+
+
+def _weights(graph: ModelGraph, layer: Layer) -> npt.NDArray[np.float32]:
+    """Return a layer's weights, float32 [groups, outputs, inputs]."""
+    return layer.matrix(graph).reshape(layer.view.groups, layer.view.outputs, layer.view.inputs)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A fitted layer.
+
+    Attributes:
+        weights: float32 [groups, outputs, inputs].
+        shift: What is added to each output, float64 [channels], or None where it has no bias of its own.
+        loss: See :class:`PrunedLayer`.
+        deficient: See :class:`PrunedLayer`.
+    """
+
+    weights: npt.NDArray[np.float32]
+    shift: Doubles | None
+    loss: float = 0.0
+    deficient: bool = False
+
+
+def _fit(
+    graph: ModelGraph,
+    model: ModelFile,
+    layer: Layer,
+    data: Dataset,
+    images: Indices,
+    request: PruneRequest,
+    ratio: float | None,
+) -> _Step:
+    """Fit one layer to the dense model's outputs; without a ratio its bias alone."""
+    dense = _weights(graph, layer)
+    found = cross_moments(graph, model, layer, data, images)
+    centred = can_shift(graph, layer)
+    moment, cross = _averages(found, centred)
+    if ratio is None:
+        return _Step(dense, _shift(layer, dense, dense, found))
+    pruned = prune_layer(dense, moment, request.constraint(ratio), engine=request.engine, cross=cross)
+    shift = _shift(layer, dense, pruned.weights, found) if centred else None
+    return _Step(pruned.weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
+
+
+def _averages(found: CrossMoments, centred: bool) -> tuple[Doubles, Doubles]:
+    """Return E[x x^T] and E[x d^T], of the deviations from the means where a bias makes up for these."""
+    count = found.pruned.count
+    moment, cross = found.pruned.moment / count, found.cross / count
+    if centred:
+        x, d = found.pruned.total / count, found.dense_total / count
+        moment -= x[:, :, None] * x[:, None, :]
+        cross -= x[:, :, None] * d[:, None, :]
+    return moment, cross
+
+
+def _shift(
+    layer: Layer, dense: npt.NDArray[np.float32], pruned: npt.NDArray[np.float32], found: CrossMoments
+) -> Doubles:
+    """Return what brings the mean of each output back to the dense model's, float64 [channels]."""
+    added = 0.0 if layer.input_addend is None else layer.input_addend
+    x, d = found.pruned.total / found.pruned.count + added, found.dense_total / found.pruned.count + added
+    wanted, have = (np.einsum("goi,gi->go", w.astype(np.float64), mean) for w, mean in ((dense, d), (pruned, x)))
+    shift: Doubles = (wanted - have).reshape(-1)
+    return shift
+
+
+def _experiment(graph: ModelGraph, data: Dataset, images: Indices, request: PruneRequest) -> str:
+    """Return a hash of everything that the result depends on."""
+    model = graph.model
+    parts = [model.sha256, sorted(model.external.items()), data.digest, np.asarray(images).tolist(), asdict(request)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Checkpoint:
+    """Finished layers in files of their own, each written whole."""
+
+    def __init__(self, folder: Path | None, experiment: str) -> None:
+        self._folder, self._experiment = folder, experiment
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path | None:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return None if self._folder is None else self._folder / f"{digest}.safetensors"
+
+    def read(self, name: str) -> _Step | None:
+        """Return a layer's step, None where it is not there."""
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        file = TensorFile(path)
+        if file.metadata.get("experiment") != self._experiment:
+            raise DataError(f"{path}: of another pruning; remove the folder to start anew, or name another one with -o")
+        shift = file.read("shift").copy() if "shift" in file.specs else None
+        loss, deficient = file.read("loss")
+        return _Step(file.read("weights").copy(), shift, float(loss), bool(deficient))
+
+    def write(self, name: str, step: _Step) -> None:
+        """Keep a layer's step."""
+        path = self._path(name)
+        if path is None:
+            return
+        tensors: dict[str, npt.NDArray[Any]] = {"weights": step.weights, "loss": np.array([step.loss, step.deficient])}
+        if step.shift is not None:
+            tensors["shift"] = step.shift
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        specs = [(key, array.dtype, array.shape) for key, array in tensors.items()]
+        with TensorWriter(temporary, specs, {"experiment": self._experiment}, lasting=False) as writer:
+            for key in writer.specs:
+                writer.write(key, tensors[key])
+        temporary.replace(path)

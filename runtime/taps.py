@@ -157,6 +157,8 @@ def _filled_up(batch: Batch) -> bool:
 
 def _open(model: ModelFile, taps: Sequence[Tap], extra: Sequence[NodeProto]) -> Any:
     proto = _tapped(model.proto, taps, extra)
+    for tensor in proto.graph.initializer:
+        model.put_back(tensor)
     options = ort.SessionOptions()
     if model.folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))

@@ -35,6 +35,7 @@ __all__ = ["Work", "Workers", "open_workers"]
 
 _AHEAD = 2  # items a worker that are under way: it need not wait for the next one, and few are lost with it
 _TICK_SECONDS = 1.0  # between looks at whether a cluster is still there
+_FETCH_SECONDS = 5.0  # that a result has to arrive
 _ANSWER_SECONDS = 10.0  # that a scheduler has to answer
 _WORKERS_SECONDS = 30.0  # that a cluster may be without workers: killed ones come back
 
@@ -283,7 +284,7 @@ class _Cluster:
 
     def __init__(self, client: Any, address: str) -> None:
         self._client, self._address = client, address
-        self._last_seen = time.monotonic()
+        self._alone_since: float | None = None  # when the cluster was first seen without workers
 
     def each(self, work: Work, items: Sequence[Any]) -> Iterator[Any]:
         from distributed import KilledWorker
@@ -308,7 +309,7 @@ class _Cluster:
             wait_there(pending, timeout=_TICK_SECONDS, return_when="FIRST_COMPLETED")
         for future in [future for future in pending if future.done()]:
             try:
-                result = future.result(_TICK_SECONDS)
+                result = future.result(_FETCH_SECONDS)
             except TimeoutError:  # its worker died with the result: the item is done again
                 continue
             yield future, result
@@ -320,9 +321,8 @@ class _Cluster:
         except OSError as error:
             raise self._lost("the scheduler is lost") from error
         now = time.monotonic()
-        if workers:
-            self._last_seen = now
-        elif now - self._last_seen > _WORKERS_SECONDS:
+        self._alone_since = None if workers else self._alone_since or now
+        if self._alone_since is not None and now - self._alone_since > _WORKERS_SECONDS:
             raise self._lost("all workers are lost")
         return _AHEAD * max(workers, 1)
 

@@ -13,7 +13,15 @@ from rerampile.chips_progress import chips_progress
 from rerampile.runtime.monte_carlo import ChipResult
 
 RESULT = ChipResult(
-    run=0, rate=0, values={"top1": 91.5}, clean={"top1": 92.0}, within={}, stuck_off=0, stuck_on=0, non_finite=0
+    run=0,
+    rate=0,
+    values={"top1": 91.5},
+    clean={"top1": 92.0},
+    within={},
+    stuck_off=0,
+    stuck_on=0,
+    non_finite=0,
+    by_class={},
 )
 
 

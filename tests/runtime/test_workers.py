@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -202,6 +203,27 @@ def test_a_worker_with_other_files_is_refused(
             list(found.each(other, [(0, 0)]))
         with pytest.raises(DataError, match=r'rerampile is "[\d.]+", expected "0.0.1" as .*; give workers the same'):
             list(found.each(older, [(0, 0)]))
+
+
+def test_what_no_worker_can_do(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+
+    class Deadly:
+        def __init__(self, way: str) -> None:
+            self.way = way
+
+        def open(self) -> Callable[[int], object]:
+            return os._exit if self.way == "exit" else importlib.import_module
+
+        def elsewhere(self) -> Deadly:
+            return self
+
+    with workers.open_workers(dask=cluster.scheduler_address) as found:
+        assert found is not None
+        with pytest.raises(FaultRunError, match=r"software \(No module named 'nothing_here'\), expected the same"):
+            list(found.each(Deadly("import"), ["nothing_here"]))
+        with pytest.raises(FaultRunError, match=r"a chip ended every worker that tried it \(out of memory\?\)"):
+            list(found.each(Deadly("exit"), [1]))
 
 
 def test_without_workers_what_is_finished_is_kept(

@@ -1,0 +1,215 @@
+"""The command ``prune``. Only click is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from rerampile.chip_options import calibration_options
+from rerampile.command import PATH, examples, json_option, print_json, read_ratios
+
+if TYPE_CHECKING:
+    from rerampile.pruner import PrunedModel, PruneRequest
+
+__all__ = ["prune"]
+
+_IMAGES = 1024
+_MODEL, _MASKS, _RECORD, _UNFINISHED = "model.onnx", "masks.safetensors", "pruning.json", "unfinished"
+
+
+@click.command(
+    epilog=examples(
+        "rerampile prune model.onnx --prune 0.7 --calibration cifar10:DIR",
+        "rerampile prune model.onnx --prune 64=0.5,512=0.8 --calibration npz:FILE",
+        "rerampile prune model.onnx --structure 2:4 --calibration imagefolder:DIR",
+    )
+)
+@click.argument("model", type=PATH)
+@click.option(
+    *("--prune", "ratios"),
+    metavar="RATIO|NAME=RATIO,...",
+    callback=read_ratios,
+    help="Share that goes: one, or one for each block (a number of output channels) or layer name pattern; later ones "
+    "win.",
+)
+@calibration_options
+@click.option(
+    "--method", metavar="NAME", default="admm", show_default=True, help="admm, sparsegpt, wanda or magnitude."
+)
+@click.option(
+    "--structure",
+    metavar="WHAT",
+    default="weights",
+    show_default=True,
+    help="What goes: weights, rows or columns of crossbars, or N:M as in 2:4.",
+)
+@click.option(
+    "--allot",
+    type=click.Choice(["uniform", "threshold", "sensitivity"]),
+    default="uniform",
+    show_default=True,
+    help="The same ratio for each layer, or one for all together: below one threshold, or by sensitivity.",
+)
+@click.option(
+    "--protect",
+    metavar="LAYERS",
+    default="first,last",
+    show_default=True,
+    help="Layers that stay whole: first, last, blocks, name patterns.",
+)
+@click.option(
+    "-o", "--out", metavar="FOLDER", type=PATH, help="Where the result goes.  [default: MODEL's name + .pruned]"
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@json_option
+def prune(
+    model: Path,
+    ratios: float | dict[str, float] | None,
+    data: dict[str, Any],
+    method: str,
+    structure: str,
+    allot: Literal["uniform", "threshold", "sensitivity"],
+    protect: str,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Prune MODEL without training, from calibration images alone.
+
+    Each layer is fitted to what the dense model gives there, so that the others make up for what goes. The folder then
+    holds the pruned model, ready for 'rerampile compile', and its masks. Interrupted, the same command goes on.
+    """
+    from rerampile.graph import ModelGraph
+    from rerampile.onnx_file import load_model_file
+    from rerampile.pruner import PruneRequest, prune_model
+    from rerampile.runtime.data import open_dataset, training_split
+    from rerampile.runtime.session import open_session
+
+    if ratios is None and ":" not in structure:
+        raise click.UsageError("--prune: expected a ratio, or --structure N:M")
+    request = PruneRequest(
+        ratios={"*": ratios} if isinstance(ratios, float) else ratios or {},
+        engine=method,
+        structure=structure,
+        allot=allot,
+        protect=tuple(word for word in protect.split(",") if word),
+    )
+    loaded = load_model_file(model)
+    images = open_dataset(
+        training_split(data["data"]),
+        open_session(model),
+        data["preprocessing"],
+        default_split="train",
+        generate=data["images"] or _IMAGES,
+        skip_bad=data["skip_bad"],
+    )
+    place = _output_folder(out or Path(f"{model.stem}.pruned"))
+    with _layers_progress(quiet) as progress:
+        pruned = prune_model(
+            ModelGraph(loaded),
+            images,
+            request,
+            images=data["images"] or _IMAGES,
+            checkpoint=place / _UNFINISHED,
+            progress=progress,
+        )
+    record = _write(place, pruned, request)
+    shutil.rmtree(place / _UNFINISHED)
+    if as_json:
+        print_json(record)
+    else:
+        from rerampile.show import console
+        from rerampile.show_pruning import show_pruning
+
+        show_pruning(console(), pruned, place / _MODEL)
+
+
+def _output_folder(out: Path) -> Path:
+    """Make a folder for the result, or take one with an earlier result and nothing else in it.
+
+    Raises:
+        ConfigError: It cannot be made, or holds something else.
+    """
+    from rerampile.errors import ConfigError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = {entry.name for entry in out.iterdir()} - {_MODEL, f"{_MODEL}.data", _MASKS, _RECORD, _UNFINISHED}
+    except OSError as error:
+        raise ConfigError(
+            f"-o {out}: cannot be used as a folder: {error.strerror or error}; name another one with -o"
+        ) from error
+    if others:
+        raise ConfigError(f"-o {out}: holds '{min(others)}', expected a new or empty folder; name another one with -o")
+    return out
+
+
+def _write(place: Path, pruned: PrunedModel, request: PruneRequest) -> dict[str, Any]:
+    """Write the model, the masks and the record, each whole; return the record."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from rerampile.onnx_file import write_model_file
+    from rerampile.tensor_file import TensorWriter
+
+    write_model_file(pruned.model, place / _MODEL)
+    temporary = place / f".{_MASKS}"
+    temporary.unlink(missing_ok=True)
+    specs = [(layer.tensor, np.bool_, layer.kept.shape) for layer in pruned.layers]
+    with TensorWriter(temporary, specs, {"format": "rerampile-masks"}) as writer:
+        for layer in pruned.layers:
+            writer.write(layer.tensor, layer.kept)
+    temporary.replace(place / _MASKS)
+    record = {
+        "format": "rerampile-pruning",
+        "format_version": 1,
+        "model": {"name": pruned.model.name, "sha256": pruned.model.sha256},
+        "request": asdict(request),
+        "sparsity": pruned.sparsity,
+        "layers": [
+            {
+                "name": layer.name,
+                "tensor": layer.tensor,
+                "ratio": layer.ratio,
+                "zeros": int(layer.kept.size - np.count_nonzero(layer.kept)),
+                "weights": layer.kept.size,
+                "loss": layer.loss,
+                "deficient": layer.deficient,
+            }
+            for layer in pruned.layers
+        ],
+        "left": pruned.left,
+    }
+    temporary = place / f".{_RECORD}"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(place / _RECORD)
+    return record
+
+
+@contextmanager
+def _layers_progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """Say on stderr which layer is next, with the time that the one before took."""
+    if quiet:
+        yield None
+        return
+    started = time.perf_counter()
+
+    def report(done: int, count: int, name: str) -> None:
+        nonlocal started
+        if done:
+            click.echo(f"{time.perf_counter() - started:.1f} s", err=True)
+        started = time.perf_counter()
+        if name:
+            click.echo(f"[{done + 1}/{count}] {printable(name)} … ", nl=False, err=True)
+
+    from rerampile.show import printable
+
+    yield report
