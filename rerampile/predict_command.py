@@ -22,7 +22,7 @@ __all__ = ["predict"]
 @click.command(
     epilog=examples(
         "rerampile predict model.deployment",
-        "rerampile predict out --data cifar10:DIR --failure-rate 0.001,0.01",
+        "rerampile predict model.deployment --data cifar10:DIR --failure-rate 0.01",
         "rerampile predict model.deployment --data imagefolder:DIR -o predicted",
     )
 )
