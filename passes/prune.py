@@ -1,4 +1,6 @@
-"""Prune: apply masks from a file, or make them by magnitude with one ratio, a ratio a block, or a ratio a layer.
+"""Prune: apply masks from a file or of an earlier pruning, or make them by magnitude.
+
+Magnitude takes one ratio, a ratio a block, or a ratio a layer.
 
 A block is a group of layers of similar size (Yuan et al. 2021, section IV-C): the layers with the same number of output
 channels, named by that number (``64``, ``128``, ...).
@@ -19,6 +21,7 @@ from rerampile.layer import Layer
 from rerampile.npz_file import read_npz
 from rerampile.passes.pruning.constraint import keep_largest
 from rerampile.passes.pruning.ratios import asked_ratios, layer_names
+from rerampile.pruning import PrunedModel
 from rerampile.tensor_file import TensorFile, stores
 from rerampile.unit import Mask, Unit
 
@@ -37,6 +40,8 @@ class Prune:
         Raises:
             ConfigError: The masks file or a block name does not fit the model.
         """
+        if unit.pruned is not None:
+            return replace(unit, masks=_masks_of(unit.pruned, unit.layers))
         if unit.options.masks is not None:
             return replace(unit, masks=_masks_from_file(unit.options.masks, unit.layers))
         ratios = asked_ratios(unit.options.prune, unit.layers)
@@ -57,6 +62,13 @@ class Prune:
 def _largest(weights: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
     """Return which weights to keep, bool [outputs, inputs]: all but exactly ``round(ratio * size)`` of the smallest."""
     return keep_largest(np.abs(weights).reshape(-1), round(ratio * weights.size)).reshape(weights.shape)
+
+
+def _masks_of(pruned: PrunedModel, layers: Sequence[Layer]) -> dict[str, Mask]:
+    """Return the masks of a pruned model's layers, by the names of the tensors that these read."""
+    by_tensor = {layer.tensor: layer for layer in pruned.layers}
+    found = [(layer, by_tensor[layer.tensor.name]) for layer in layers if layer.tensor.name in by_tensor]
+    return {layer.name: Mask(kept=layer.view.matrix(part.kept), source=pruned.source(part)) for layer, part in found}
 
 
 def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:

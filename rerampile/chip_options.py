@@ -21,6 +21,7 @@ __all__ = [
     "execution_options",
     "fault_options",
     "metric_options",
+    "optional_calibration_options",
     "seed_option",
 ]
 
@@ -165,7 +166,7 @@ _IMAGE_OPTIONS = (
 )
 
 
-def _data(*, data: str, images: int | None, skip_bad: bool, batch: int, **pieces: str | None) -> dict[str, Any]:
+def _data(*, data: str | None, images: int | None, skip_bad: bool, batch: int, **pieces: str | None) -> dict[str, Any]:
     """Return fields of :class:`~rerampile.runtime.monte_carlo.Experiment`."""
     from rerampile.runtime.preprocessing import Preprocessing
 
@@ -189,20 +190,22 @@ data_options = _family(
 )
 """Gives a command ``data``: what to run on, as fields of an ``Experiment``."""
 
-calibration_options = _family(
-    (
-        click.option(
-            *("--calibration", "data"),
-            metavar="DATA",
-            required=True,
-            help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
-        ),
-        *_IMAGE_OPTIONS,
-    ),
-    "data",
-    _data,
-)
+
+def _calibration_options(required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    option = click.option(
+        *("--calibration", "data"),
+        metavar="DATA",
+        required=required,
+        help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
+    )
+    return _family((option, *_IMAGE_OPTIONS), "data", _data)
+
+
+calibration_options = _calibration_options(required=True)
 """Gives a command ``data``: what to calibrate with, as fields of an ``Experiment``."""
+
+optional_calibration_options = _calibration_options(required=False)
+"""The same for a command that may do without; the field ``data`` is then None."""
 
 _METRIC_OPTIONS = (
     click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each."),

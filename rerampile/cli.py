@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from rerampile.chip_options import optional_calibration_options
 from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
-from rerampile.prune_command import prune
+from rerampile.prune_command import prune, prune_file
 from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from rerampile.deployment import Deployment
+    from rerampile.pruning import PrunedModel
 
 __all__ = ["main"]
 
@@ -153,6 +155,7 @@ def main() -> None:
         "rerampile compile model.onnx",
         "rerampile compile model.onnx --mapping differential --prune 0.6 -o out",
         "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
+        "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
     ),
 )
@@ -177,6 +180,13 @@ def main() -> None:
     help="Zero the smallest weights: one ratio, or one for each block (a number of output channels) or layer name "
     "pattern; later ones win.",
 )
+@click.option(
+    "--prune-method",
+    metavar="NAME",
+    help="Prune as 'rerampile prune' does, from images: admm, sparsegpt, wanda or magnitude.  [default: by magnitude, "
+    "without images]",
+)
+@optional_calibration_options
 @click.option("--masks", metavar="FILE", type=PATH, help="Zero what an .npz or .safetensors file of masks says.")
 @click.option("--pack", is_flag=True, help="Let small partitions share arrays.")
 @click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
@@ -200,6 +210,8 @@ def compile_(
     mapping: str | None,
     scale: Literal["channel", "tensor"],
     prune: float | dict[str, float] | None,
+    prune_method: str | None,
+    data: dict[str, Any],
     masks: Path | None,
     pack: bool,
     inputs: Path | None,
@@ -215,18 +227,25 @@ def compile_(
     MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
     """
     from rerampile.compiler import compile_model
+    from rerampile.pruner import remove_checkpoint
     from rerampile.target import Target
 
+    if (prune_method is None) != (data["data"] is None):
+        raise click.UsageError("--prune-method and --calibration: expected both or none of them")
+    if prune_method is not None and (prune is None or masks is not None):
+        raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
+    out, hardware = out or Path(f"{model.stem}.deployment"), Target.load(target, settings)
     if verbose:
         _say_versions()
+    pruned = None if prune_method is None else _pruned(model, prune, prune_method, data, out, quiet)
     with cleaned_up(), _Progress(quiet) as progress:
         deployment = compile_model(
-            model,
-            out=out or Path(f"{model.stem}.deployment"),
-            target=Target.load(target, settings),
+            pruned or model,
+            out=out,
+            target=hardware,
             mapping=mapping,
             scale=scale,
-            prune=prune,
+            prune=None if pruned else prune,
             masks=masks,
             pack=pack,
             inputs=inputs,
@@ -235,6 +254,10 @@ def compile_(
             keep_stages=keep_stages,
             progress=progress,
         )
+    if pruned:
+        from rerampile.pruner import remove_checkpoint
+
+        remove_checkpoint(_unfinished(out))
     if as_json:
         import msgspec
 
@@ -250,6 +273,23 @@ def compile_(
     from rerampile.show import console, show_summary
 
     show_summary(console(), deployment, verbose)
+
+
+def _pruned(
+    model: Path, prune: float | dict[str, float] | None, method: str, data: dict[str, Any], out: Path, quiet: bool
+) -> PrunedModel:
+    """Prune a model from images before it is compiled; interrupted, the same command goes on."""
+    from rerampile.compiler import check_replaceable
+    from rerampile.pruning import PruneRequest
+
+    check_replaceable(out)  # now: pruning takes minutes
+    ratios = {"*": prune} if isinstance(prune, float) else prune or {}
+    return prune_file(model, data, PruneRequest(ratios=ratios, engine=method), checkpoint=_unfinished(out), quiet=quiet)
+
+
+def _unfinished(out: Path) -> Path:
+    """Return where the layers of an unfinished pruning are kept."""
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def _say_versions() -> None:

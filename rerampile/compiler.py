@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import numbers
@@ -23,12 +24,13 @@ from rerampile.graph import ModelGraph
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
+from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import known_scheme
 from rerampile.target import Target
 from rerampile.unit import CompileOptions, Pass, Unit
 
-__all__ = ["PASSES", "Progress", "compile_model"]
+__all__ = ["PASSES", "Progress", "check_replaceable", "compile_model"]
 
 PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
 """Every pass of a compilation, in order."""
@@ -37,7 +39,7 @@ Progress = Callable[[int, int, str, float | None, Mapping[str, Any]], None]
 
 
 def compile_model(
-    model: str | os.PathLike[str] | onnx.ModelProto,
+    model: str | os.PathLike[str] | onnx.ModelProto | PrunedModel,
     *,
     out: str | os.PathLike[str],
     target: Target | str | os.PathLike[str] = "paper",
@@ -56,7 +58,7 @@ def compile_model(
     """Compile a model into a deployment folder and verify it.
 
     Args:
-        model: Path of an ONNX file, or a model in memory.
+        model: Path of an ONNX file, a model in memory, or what :func:`rerampile.pruner.prune_model` made of one.
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.SCHEMES`; the target's own where None.
@@ -77,11 +79,13 @@ def compile_model(
     Raises:
         RerampileError: What the user can mend; nothing is left behind.
     """
+    pruned = model if isinstance(model, PrunedModel) else None
     resolved = target if isinstance(target, Target) else Target.load(target)
     options = CompileOptions(
         mapping=known_scheme(mapping or resolved.mapping),
         scale=_known_scale(scale),
         prune=_ratios(prune),
+        pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
         pack=pack,
         seed=seed,
@@ -89,6 +93,8 @@ def compile_model(
         tolerance=tolerance,
         keep_stages=keep_stages,
     )
+    if pruned is not None and (options.prune or options.masks is not None):
+        raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
         raise ConfigError("both masks and pruning ratios were given, expected one of the two")
     if seed < 0:
@@ -96,12 +102,25 @@ def compile_model(
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
         raise ConfigError(f"tolerance {tolerance:g}: expected 0 or more")
     with _uncollected():
-        loaded = load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
+        loaded = _loaded(model)
         _check_outside(Path(out), loaded, options)
         with _written_whole(Path(out)) as folder:
-            unit = Unit(model=loaded, graph=ModelGraph(loaded), target=resolved, options=options, folder=folder)
+            unit = Unit(
+                model=loaded,
+                graph=ModelGraph(loaded),
+                target=resolved,
+                options=options,
+                folder=folder,
+                pruned=pruned,
+            )
             _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
+
+
+def _loaded(model: str | os.PathLike[str] | onnx.ModelProto | PrunedModel) -> ModelFile:
+    if isinstance(model, PrunedModel):
+        return model.model
+    return load_model_file(model if isinstance(model, onnx.ModelProto) else Path(model))
 
 
 def _run_passes(unit: Unit, passes: Sequence[Pass], progress: Progress) -> None:
@@ -149,7 +168,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
         ConfigError: ``out`` holds something else than a deployment, or cannot be written.
     """
     out = out.resolve() if out.is_symlink() else out
-    _check_replaceable(out)
+    check_replaceable(out)
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]
     try:
@@ -183,8 +202,12 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _check_replaceable(out: Path) -> None:
-    """Refuse to write over anything but nothing, an empty folder, or a deployment with no files of the user's in it."""
+def check_replaceable(out: Path) -> None:
+    """Refuse to write over anything but nothing, an empty folder, or a deployment with no files of the user's in it.
+
+    Raises:
+        ConfigError: Something else is there.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: a file, expected a folder to write the deployment into; name another one with -o")
     if Path.cwd().is_relative_to(out.resolve()):
@@ -261,7 +284,7 @@ def _move_into_place(folder: Path, out: Path) -> None:
     if not out.exists():
         folder.rename(out)
         return
-    _check_replaceable(out)  # again: the user may have put something there while the model was compiled
+    check_replaceable(out)  # again: the user may have put something there while the model was compiled
     earlier = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(earlier)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from rerampile.chip_options import calibration_options
 from rerampile.command import PATH, examples, json_option, print_json, read_ratios
 
 if TYPE_CHECKING:
-    from rerampile.pruner import PrunedModel, PruneRequest
+    from rerampile.pruning import PrunedModel, PruneRequest
+    from rerampile.runtime.dataset import Dataset
 
-__all__ = ["prune"]
+__all__ = ["open_calibration", "prune", "prune_file"]
 
 _IMAGES = 1024
 _MODEL, _MASKS, _RECORD, _UNFINISHED = "model.onnx", "masks.safetensors", "pruning.json", "unfinished"
@@ -86,11 +86,8 @@ def prune(
     Each layer is fitted to what the dense model gives there, so that the others make up for what goes. The folder then
     holds the pruned model, ready for 'rerampile compile', and its masks. Interrupted, the same command goes on.
     """
-    from rerampile.graph import ModelGraph
-    from rerampile.onnx_file import load_model_file
-    from rerampile.pruner import PruneRequest, prune_model
-    from rerampile.runtime.data import open_dataset, training_split
-    from rerampile.runtime.session import open_session
+    from rerampile.pruner import remove_checkpoint
+    from rerampile.pruning import PruneRequest
 
     if ratios is None and ":" not in structure:
         raise click.UsageError("--prune: expected a ratio, or --structure N:M")
@@ -101,27 +98,10 @@ def prune(
         allot=allot,
         protect=tuple(word for word in protect.split(",") if word),
     )
-    loaded = load_model_file(model)
-    images = open_dataset(
-        training_split(data["data"]),
-        open_session(model),
-        data["preprocessing"],
-        default_split="train",
-        generate=data["images"] or _IMAGES,
-        skip_bad=data["skip_bad"],
-    )
     place = _output_folder(out or Path(f"{model.stem}.pruned"))
-    with _layers_progress(quiet) as progress:
-        pruned = prune_model(
-            ModelGraph(loaded),
-            images,
-            request,
-            images=data["images"] or _IMAGES,
-            checkpoint=place / _UNFINISHED,
-            progress=progress,
-        )
+    pruned = prune_file(model, data, request, checkpoint=place / _UNFINISHED, quiet=quiet)
     record = _write(place, pruned, request)
-    shutil.rmtree(place / _UNFINISHED)
+    remove_checkpoint(place / _UNFINISHED)
     if as_json:
         print_json(record)
     else:
@@ -129,6 +109,50 @@ def prune(
         from rerampile.show_pruning import show_pruning
 
         show_pruning(console(), pruned, place / _MODEL)
+
+
+def prune_file(
+    model: Path, data: dict[str, Any], request: PruneRequest, *, checkpoint: Path, quiet: bool
+) -> PrunedModel:
+    """Prune a model file as the command line asks for it.
+
+    Args:
+        model: The file.
+        data: What the calibration options gave.
+        request: What is asked.
+        checkpoint: A folder for finished layers; the caller removes it in the end.
+        quiet: Whether to say nothing meanwhile.
+    """
+    from rerampile.graph import ModelGraph
+    from rerampile.onnx_file import load_model_file
+    from rerampile.pruner import prune_model
+
+    loaded = load_model_file(model)
+    images = open_calibration(model, data)
+    with _layers_progress(quiet) as progress:
+        return prune_model(
+            ModelGraph(loaded),
+            images,
+            request,
+            images=data["images"] or _IMAGES,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+
+
+def open_calibration(model: Path, data: dict[str, Any]) -> Dataset:
+    """Open what the calibration options name, for a model file."""
+    from rerampile.runtime.data import open_dataset, training_split
+    from rerampile.runtime.session import open_session
+
+    return open_dataset(
+        training_split(data["data"]),
+        open_session(model),
+        data["preprocessing"],
+        default_split="train",
+        generate=data["images"] or _IMAGES,
+        skip_bad=data["skip_bad"],
+    )
 
 
 def _output_folder(out: Path) -> Path:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rerampile.editable_model import EditableModel, can_shift
-from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.errors import ConfigError, did_you_mean
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
@@ -35,97 +36,47 @@ from rerampile.passes.pruning.ratios import (
     relative_scores,
     threshold_ratios,
 )
+from rerampile.pruning import PrunedLayer, PrunedModel, PruneRequest
 from rerampile.runtime.dataset import Dataset, Indices, spread
 from rerampile.runtime.second_moments import CrossMoments, Moments, cross_moments, second_moments
 from rerampile.tensor_file import TensorFile, TensorWriter
 
-__all__ = ["PruneRequest", "PrunedLayer", "PrunedModel", "prune_model"]
+__all__ = ["check_request", "prune_model", "remove_checkpoint"]
 
 Doubles = npt.NDArray[np.float64]
 
 _GRID = tuple(float(ratio) for ratio in np.round(np.arange(0, 0.96, 0.05), 2))  # of tables of losses
+_DIGITS = 32  # of the names of finished layers
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneRequest:
-    """What is asked of a pruning.
+def check_request(request: PruneRequest) -> None:
+    """Refuse what no model has.
 
-    Attributes:
-        ratios: Share of the weights (or rows, or columns) that goes, by block or layer name pattern in order, ``"*"``
-            for all layers; without effect where the structure says it.
-        engine: A name of :data:`rerampile.passes.pruning.engine.ENGINES`.
-        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, or as in ``2:4``, all but 2 of every 4
-            neighbouring inputs.
-        allot: Whether each layer of a key loses the same share, or all together lose it: the weights below one
-            ``threshold``, or by the ``sensitivity`` of the layers.
-        protect: Layers that are not pruned: ``first``, ``last``, and blocks or layer name patterns.
+    Raises:
+        ConfigError: The engine or the structure is unknown.
     """
-
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    engine: str = next(iter(ENGINES))
-    structure: str = "weights"
-    allot: Literal["uniform", "threshold", "sensitivity"] = "uniform"
-    protect: tuple[str, ...] = ("first", "last")
-
-    def constraint(self, ratio: float) -> Constraint:
-        """Return what a layer's weights have to be.
-
-        Raises:
-            ConfigError: The structure is unknown, or the ratio is outside [0, 1).
-        """
-        if found := _N_OF_M.fullmatch(self.structure):
-            return NOfM(int(found[1]), int(found[2]))
-        makers: dict[str, Callable[[float], Constraint]] = {
-            "weights": Sparsity,
-            "rows": BlockSparsity.rows,
-            "columns": BlockSparsity.columns,
-        }
-        if self.structure not in makers:
-            raise ConfigError(f"--structure {self.structure}: expected {', '.join(makers)}, or N:M as in 2:4")
-        return makers[self.structure](ratio)
+    if request.engine not in ENGINES:
+        raise ConfigError(f"pruning method {request.engine}: no such engine{did_you_mean(request.engine, ENGINES)}")
+    _constraint(request, 0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrunedLayer:
-    """One layer after pruning.
+def _constraint(request: PruneRequest, ratio: float) -> Constraint:
+    """Return what a layer's weights have to be.
 
-    Attributes:
-        name: Its name.
-        tensor: Name of its weights in the pruned model.
-        ratio: The ratio that it was given.
-        kept: Which weights are left, bool in the shape of that tensor.
-        loss: Mean squared change of its outputs over their mean square, on the calibration images.
-        deficient: Whether there were too few images for as many inputs.
+    Raises:
+        ConfigError: The structure is unknown, or the ratio is outside [0, 1).
     """
-
-    name: str
-    tensor: str
-    ratio: float
-    kept: npt.NDArray[np.bool_] = field(repr=False)
-    loss: float
-    deficient: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrunedModel:
-    """A pruned model.
-
-    Attributes:
-        model: The model, with exact zeros and new weights and biases; its tensors have the names of the original's.
-        layers: The layers that were pruned, in the order of the model.
-        left: The layers that were not, with the reason.
-    """
-
-    model: ModelFile
-    layers: list[PrunedLayer]
-    left: dict[str, str]
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights of all pruned layers that is zero."""
-        total = sum(layer.kept.size for layer in self.layers)
-        return 1 - sum(int(np.count_nonzero(layer.kept)) for layer in self.layers) / max(total, 1)
+    if found := _N_OF_M.fullmatch(request.structure):
+        return NOfM(int(found[1]), int(found[2]))
+    makers: dict[str, Callable[[float], Constraint]] = {
+        "weights": Sparsity,
+        "rows": BlockSparsity.rows,
+        "columns": BlockSparsity.columns,
+    }
+    if request.structure not in makers:
+        raise ConfigError(f"--structure {request.structure}: expected {', '.join(makers)}, or N:M as in 2:4")
+    return makers[request.structure](ratio)
 
 
 def prune_model(
@@ -144,16 +95,15 @@ def prune_model(
         data: Calibration images; labels are not needed.
         request: What is asked.
         images: How many of the images to use at most, spread over the data.
-        checkpoint: A folder that takes each finished layer; the same call goes on from it, to the same bytes.
+        checkpoint: A folder that takes each finished layer; the same call goes on from it, to the same bytes, and a
+            call with other ratios takes the layers up to the first with another ratio from it.
         progress: Called with (layers done, layers, name of the next one or "").
 
     Raises:
         ConfigError: The request does not fit the model.
-        DataError: The images do not fit the model, or the checkpoint belongs to another pruning.
+        DataError: The images do not fit the model.
     """
-    if request.engine not in ENGINES:
-        raise ConfigError(f"--method {request.engine}: no such engine{did_you_mean(request.engine, ENGINES)}")
-    request.constraint(0.0)
+    check_request(request)
     layers, _ = find_layers(graph)
     indices = spread(len(data), min(len(data), images))
     ratios, left = _ratios(graph, layers, data, indices, request)
@@ -167,10 +117,11 @@ def prune_model(
     found = []
     for number, layer in enumerate(work):
         report(number, len(work), layer.name)
-        step = steps.read(layer.name)
+        steps.enter(layer.name, ratios.get(layer.name))
+        step = steps.read()
         if step is None:
             step = _fit(graph, editable.model, layer, data, indices, request, ratios.get(layer.name))
-            steps.write(layer.name, step)
+            steps.write(step)
         editable.set_weights(layer, step.weights.reshape(layer.view.shape))
         if step.shift is not None:
             editable.shift(layer, step.shift)
@@ -187,7 +138,7 @@ def prune_model(
                 )
             )
     report(len(work), len(work), "")
-    return PrunedModel(model=editable.model, layers=found, left=left)
+    return PrunedModel(model=editable.model, request=request, layers=found, left=left)
 
 
 def _ratios(
@@ -282,7 +233,7 @@ def _fit(
     moment, cross = _averages(found, centred)
     if ratio is None:
         return _Step(dense, _shift(layer, dense, dense, found))
-    pruned = prune_layer(dense, moment, request.constraint(ratio), engine=request.engine, cross=cross)
+    pruned = prune_layer(dense, moment, _constraint(request, ratio), engine=request.engine, cross=cross)
     shift = _shift(layer, dense, pruned.weights, found) if centred else None
     return _Step(pruned.weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
 
@@ -310,39 +261,50 @@ def _shift(
 
 
 def _experiment(graph: ModelGraph, data: Dataset, images: Indices, request: PruneRequest) -> str:
-    """Return a hash of everything that the result depends on."""
+    """Return a hash of everything that a layer's result depends on, but for the ratios up to it."""
     model = graph.model
-    parts = [model.sha256, sorted(model.external.items()), data.digest, np.asarray(images).tolist(), asdict(request)]
+    files = [model.sha256, sorted(model.external.items()), data.digest]
+    parts = [*files, np.asarray(images).tolist(), request.engine, request.structure]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Remove finished layers, and the folder if nothing else is in it."""
+    for path in folder.glob(f"{'[0-9a-f]' * _DIGITS}.*"):
+        path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
 class _Checkpoint:
-    """Finished layers in files of their own, each written whole."""
+    """Finished layers in files of their own, each written whole, named by a hash of all that they depend on."""
 
     def __init__(self, folder: Path | None, experiment: str) -> None:
-        self._folder, self._experiment = folder, experiment
+        self._folder, self._hash = folder, hashlib.sha256(experiment.encode())
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, name: str) -> Path | None:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-        return None if self._folder is None else self._folder / f"{digest}.safetensors"
+    def enter(self, name: str, ratio: float | None) -> None:
+        """Go on to the next layer."""
+        self._hash.update(json.dumps([name, ratio]).encode())
 
-    def read(self, name: str) -> _Step | None:
-        """Return a layer's step, None where it is not there."""
-        path = self._path(name)
+    @property
+    def _path(self) -> Path | None:
+        return None if self._folder is None else self._folder / f"{self._hash.hexdigest()[:_DIGITS]}.safetensors"
+
+    def read(self) -> _Step | None:
+        """Return the layer's step, None where it is not there."""
+        path = self._path
         if path is None or not path.exists():
             return None
         file = TensorFile(path)
-        if file.metadata.get("experiment") != self._experiment:
-            raise DataError(f"{path}: of another pruning; remove the folder to start anew, or name another one with -o")
         shift = file.read("shift").copy() if "shift" in file.specs else None
         loss, deficient = file.read("loss")
         return _Step(file.read("weights").copy(), shift, float(loss), bool(deficient))
 
-    def write(self, name: str, step: _Step) -> None:
-        """Keep a layer's step."""
-        path = self._path(name)
+    def write(self, step: _Step) -> None:
+        """Keep the layer's step."""
+        path = self._path
         if path is None:
             return
         tensors: dict[str, npt.NDArray[Any]] = {"weights": step.weights, "loss": np.array([step.loss, step.deficient])}
@@ -351,7 +313,7 @@ class _Checkpoint:
         temporary = path.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
         specs = [(key, array.dtype, array.shape) for key, array in tensors.items()]
-        with TensorWriter(temporary, specs, {"experiment": self._experiment}, lasting=False) as writer:
+        with TensorWriter(temporary, specs, {"format": "rerampile-pruned-layer"}, lasting=False) as writer:
             for key in writer.specs:
                 writer.write(key, tensors[key])
         temporary.replace(path)

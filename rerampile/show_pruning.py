@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from rerampile.pruner import PrunedModel
+from rerampile.pruning import PrunedModel
 from rerampile.show import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_pruning"]

@@ -15,6 +15,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, Plan, Region
+from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, Scheme
 from rerampile.target import Target
 
@@ -29,6 +30,7 @@ class CompileOptions:
         mapping: One of :data:`rerampile.schemes.SCHEMES`.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
+        pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
         pack: Whether small partitions of different layers share arrays.
         seed: Seed of the generated inputs of the verification.
@@ -40,6 +42,7 @@ class CompileOptions:
     mapping: Scheme
     scale: Literal["tensor", "channel"] = "channel"
     prune: Mapping[str, float] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
     pack: bool = False
     seed: int = 0
@@ -88,6 +91,7 @@ class Unit:
         target: The hardware.
         options: What the user asked for.
         folder: Where the deployment is being written (a temporary folder until it is whole).
+        pruned: What was pruned before, with weights of its own, or None; its model is :attr:`model`.
         layers: Filled by *find layers*.
         digital: Filled by *find layers*.
         masks: By layer name, filled by *prune*.
@@ -105,6 +109,7 @@ class Unit:
     target: Target
     options: CompileOptions
     folder: Path
+    pruned: PrunedModel | None = None
     layers: tuple[Layer, ...] = ()
     digital: tuple[DigitalOperation, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)

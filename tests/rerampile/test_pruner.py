@@ -13,13 +13,14 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from rerampile import ConfigError, DataError, compile_model
+from rerampile import ConfigError, compile_model, load_deployment
 from rerampile.cli import main
 from rerampile.editable_model import EditableModel, can_shift
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes.find_layers import find_layers
-from rerampile.pruner import PruneRequest, prune_model
+from rerampile.pruner import prune_model, remove_checkpoint
+from rerampile.pruning import PruneRequest
 from rerampile.runtime.data import Dataset, open_dataset
 
 IMAGES = 96
@@ -196,8 +197,58 @@ def test_an_interrupted_pruning_goes_on_to_the_same_bytes(graph: ModelGraph, dat
     whole = prune_model(graph, data, request, images=32)
     assert resumed.model.proto.SerializeToString() == whole.model.proto.SerializeToString()
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())
-    with pytest.raises(DataError, match="of another pruning; remove the folder to start anew"):
-        prune_model(graph, data, PruneRequest(ratios={"*": 0.6}), images=32, checkpoint=tmp_path)
+    finished = {entry.name for entry in tmp_path.iterdir()}
+    (tmp_path / "mine.safetensors").touch()
+    remove_checkpoint(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.safetensors"]
+    assert len(finished) == 3  # the last layer is protected, but gets a bias
+
+
+def test_other_ratios_share_the_layers_before_them(graph: ModelGraph, data: Dataset, tmp_path: Path) -> None:
+    first, other = {"second": 0.5, "third": 0.5}, {"second": 0.5, "third": 0.6}
+    prune_model(graph, data, PruneRequest(ratios=first), images=32, checkpoint=tmp_path)
+    before = {entry.name for entry in tmp_path.iterdir()}
+    shared = prune_model(graph, data, PruneRequest(ratios=other), images=32, checkpoint=tmp_path)
+    new = {entry.name for entry in tmp_path.iterdir()} - before
+    assert (len(before), len(new)) == (3, 2)
+    whole = prune_model(graph, data, PruneRequest(ratios=other), images=32)
+    assert shared.model.proto.SerializeToString() == whole.model.proto.SerializeToString()
+
+
+def test_compile_prunes_before(path: Path, tmp_path: Path, graph: ModelGraph, data: Dataset) -> None:
+    """``compile --prune-method`` gives what ``prune`` and ``compile`` give, and the plan says how."""
+    out = tmp_path / "net.deployment"
+    calibration = ["--calibration", "generated", "--images", "32"]
+    arguments = ["compile", path, "-o", out, "--prune", "0.5", "--prune-method", "admm", *calibration, "-q"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert [entry.name for entry in tmp_path.iterdir()] == [out.name]
+    plan = load_deployment(out).plan
+    assert [None if layer.mask is None else layer.mask.source for layer in plan.layers] == [
+        None,
+        *["admm 0.5"] * 2,
+        None,
+    ]
+    assert plan.options["pruning"]["engine"] == "admm"
+    assert plan.model.sha256 == graph.model.sha256
+    assert (plan.layers[1].zeros, plan.layers[2].zeros) == (432, 24)
+    pruned = prune_model(graph, data, PruneRequest(ratios={"*": 0.5}), images=32)
+    with pytest.raises(ConfigError, match="the model is pruned already, expected neither masks nor pruning ratios"):
+        compile_model(pruned, out=tmp_path / "other", prune=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prune", "0.5", "--prune-method", "admm"], "--prune-method and --calibration: expected both"),
+        (["--prune", "0.5", "--calibration", "generated"], "--prune-method and --calibration: expected both"),
+        (["--prune-method", "admm", "--calibration", "generated"], "--prune-method: expected a ratio, --prune"),
+    ],
+)
+def test_compile_says_what_pruning_needs(path: Path, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["compile", str(path), *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -206,7 +257,7 @@ def test_an_interrupted_pruning_goes_on_to_the_same_bytes(graph: ModelGraph, dat
         ([], 2, "--prune: expected a ratio, or --structure N:M"),
         (["--prune", "1"], 1, "--prune 1: expected a ratio of 0 or more and less than 1"),
         (["--prune", "sekond=0.5"], 1, "--prune sekond=0.5: no block and no layer of that name"),
-        (["--prune", "0.5", "--method", "adm"], 1, "--method adm: no such engine (did you mean admm, "),
+        (["--prune", "0.5", "--method", "adm"], 1, "pruning method adm: no such engine (did you mean admm, "),
         (["--prune", "0.5", "--structure", "row"], 1, "--structure row: expected weights, rows, columns, or N:M"),
         (["--structure", "5:4"], 1, "5:4 sparsity: expected N:M with 1 <= N <= M, as in 2:4"),
         (["--prune", "0.5", "--protect", "fist"], 1, "--protect fist: no block and no layer of that name"),
@@ -228,5 +279,5 @@ def test_other_files_stay(path: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_to_choose_for_an_unknown_engine(graph: ModelGraph, data: Dataset) -> None:
-    with pytest.raises(ConfigError, match="--method obs: no such engine"):
+    with pytest.raises(ConfigError, match="pruning method obs: no such engine"):
         prune_model(graph, data, PruneRequest(ratios={"*": 0.5}, engine="obs"))
