@@ -19,6 +19,7 @@ __all__ = [
     "data_options",
     "effort_options",
     "execution_options",
+    "family",
     "fault_options",
     "metric_options",
     "optional_calibration_options",
@@ -28,7 +29,7 @@ __all__ = [
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
 
 
-def _family(
+def family(
     options: tuple[Callable[[Any], Any], ...], argument: str, make: Callable[..., Any]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that gives a command some options, and passes them on as one argument.
@@ -138,7 +139,7 @@ def _fault_models(
     return tuple(FaultModel.of_rate(rate, (off_on[0], off_on[1]), **more) for rate in rates or _DEFAULT_RATES)
 
 
-fault_options = _family(_FAULT_OPTIONS, "faults", _fault_models)
+fault_options = family(_FAULT_OPTIONS, "faults", _fault_models)
 """Gives a command ``faults``: a tuple with the fault model of each asked failure rate."""
 
 # What they are measured on.
@@ -174,7 +175,7 @@ def _data(*, data: str | None, images: int | None, skip_bad: bool, batch: int, *
     return {"data": data, "preprocessing": preprocessing, "images": images, "skip_bad": skip_bad, "batch": batch}
 
 
-data_options = _family(
+data_options = family(
     (
         click.option(
             "--data",
@@ -198,7 +199,7 @@ def _calibration_options(required: bool) -> Callable[[Callable[..., Any]], Calla
         required=required,
         help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
     )
-    return _family((option, *_IMAGE_OPTIONS), "data", _data)
+    return family((option, *_IMAGE_OPTIONS), "data", _data)
 
 
 calibration_options = _calibration_options(required=True)
@@ -214,7 +215,7 @@ _METRIC_OPTIONS = (
     ),
 )
 
-metric_options = _family(_METRIC_OPTIONS, "metric", dict)
+metric_options = family(_METRIC_OPTIONS, "metric", dict)
 """Gives a command ``metric``: how chips are scored, as fields of an ``Experiment``."""
 
 # How many chips, and how they run.
@@ -235,7 +236,7 @@ def _effort(**options: Any) -> dict[str, Any]:
     return options
 
 
-effort_options = _family(_EFFORT_OPTIONS, "effort", _effort)
+effort_options = family(_EFFORT_OPTIONS, "effort", _effort)
 """Gives a command ``effort``: keywords of :func:`~rerampile.runtime.validation.validate`."""
 
 _EXECUTION_OPTIONS = (
@@ -254,7 +255,7 @@ _EXECUTION_OPTIONS = (
     ),
 )
 
-execution_options = _family(_EXECUTION_OPTIONS, "execution", dict)
+execution_options = family(_EXECUTION_OPTIONS, "execution", dict)
 """Gives a command ``execution``: how chips run, as fields of an ``Experiment``."""
 
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the chips.")

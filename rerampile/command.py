@@ -15,6 +15,7 @@ __all__ = [
     "PATH",
     "examples",
     "json_option",
+    "own_folder",
     "print_json",
     "read_ratios",
     "refuse_given",
@@ -75,6 +76,29 @@ def report_folder(out: Path) -> Path:
     foreign = sorted(name for name in names if name.startswith("report."))
     if foreign and not any(name.endswith("journal.jsonl") for name in names):
         raise ConfigError(f"-o {out}: holds a '{foreign[0]}' of something else, which would be lost; {remedy}")
+    return out
+
+
+def own_folder(out: Path, names: Collection[str]) -> Path:
+    """Make a folder for a result, or take one with an earlier or unfinished result and nothing else in it.
+
+    Args:
+        out: The folder.
+        names: What a result consists of.
+
+    Raises:
+        ConfigError: It cannot be made, or holds something else.
+    """
+    from rerampile.errors import ConfigError
+
+    remedy = "name another one with -o"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = {entry.name for entry in out.iterdir()} - set(names)
+    except OSError as error:
+        raise ConfigError(f"-o {out}: cannot be used as a folder: {error.strerror or error}; {remedy}") from error
+    if others:
+        raise ConfigError(f"-o {out}: holds '{min(others)}', expected a new or empty folder; {remedy}")
     return out
 
 

@@ -1,11 +1,25 @@
-"""Names of the files in a deployment folder, and which files are read at all."""
+"""Names of the files in a deployment folder, which files are read at all, and how small ones are written."""
 
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["CONDUCTANCES", "DEPLOYED", "DIGITAL", "MASKS", "PLAN", "REFERENCE", "STAGES", "require_regular"]
+from rerampile.errors import ConfigError
+
+__all__ = [
+    "CONDUCTANCES",
+    "DEPLOYED",
+    "DIGITAL",
+    "MASKS",
+    "PLAN",
+    "REFERENCE",
+    "STAGES",
+    "require_regular",
+    "write_files",
+]
 
 PLAN = "plan.json"
 CONDUCTANCES = "conductances.safetensors"
@@ -24,3 +38,19 @@ def require_regular(path: Path) -> None:
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "a device or a pipe, expected a regular file", str(path))
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files into a folder, which is made where it is not there; each is renamed once it is whole.
+
+    Raises:
+        ConfigError: A file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(folder)}: cannot be written: {error.strerror or error}") from error

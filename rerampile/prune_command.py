@@ -7,21 +7,59 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import calibration_options
-from rerampile.command import PATH, examples, json_option, print_json, read_ratios
+from rerampile.chip_options import calibration_options, family
+from rerampile.command import PATH, examples, json_option, own_folder, print_json, read_ratios
 
 if TYPE_CHECKING:
     from rerampile.pruning import PrunedModel, PruneRequest
     from rerampile.runtime.dataset import Dataset
 
-__all__ = ["open_calibration", "prune", "prune_file"]
+__all__ = ["open_calibration", "prune", "prune_file", "pruning_options"]
 
 _IMAGES = 1024
 _MODEL, _MASKS, _RECORD, _UNFINISHED = "model.onnx", "masks.safetensors", "pruning.json", "unfinished"
+_FILES = (_MODEL, f"{_MODEL}.data", _MASKS, _RECORD)
+
+
+_PRUNING_OPTIONS = (
+    click.option(
+        "--method", metavar="NAME", default="admm", show_default=True, help="admm, sparsegpt, wanda or magnitude."
+    ),
+    click.option(
+        "--structure",
+        metavar="WHAT",
+        default="weights",
+        show_default=True,
+        help="What goes: weights, rows or columns of crossbars, or N:M as in 2:4.",
+    ),
+    click.option(
+        "--allot",
+        type=click.Choice(["uniform", "threshold", "sensitivity"]),
+        default="uniform",
+        show_default=True,
+        help="The same ratio for each layer, or one for all together: below one threshold, or by sensitivity.",
+    ),
+    click.option(
+        "--protect",
+        metavar="LAYERS",
+        default="first,last",
+        show_default=True,
+        help="Layers that stay whole: first, last, blocks, name patterns.",
+    ),
+)
+
+
+def _pruning(*, method: str, protect: str, **more: str) -> dict[str, Any]:
+    """Return fields of :class:`~rerampile.pruning.PruneRequest`."""
+    return {"engine": method, "protect": tuple(word for word in protect.split(",") if word), **more}
+
+
+pruning_options = family(_PRUNING_OPTIONS, "pruning", _pruning)
+"""Gives a command ``pruning``: how layers are pruned, as fields of a ``PruneRequest``."""
 
 
 @click.command(
@@ -40,30 +78,7 @@ _MODEL, _MASKS, _RECORD, _UNFINISHED = "model.onnx", "masks.safetensors", "pruni
     "win.",
 )
 @calibration_options
-@click.option(
-    "--method", metavar="NAME", default="admm", show_default=True, help="admm, sparsegpt, wanda or magnitude."
-)
-@click.option(
-    "--structure",
-    metavar="WHAT",
-    default="weights",
-    show_default=True,
-    help="What goes: weights, rows or columns of crossbars, or N:M as in 2:4.",
-)
-@click.option(
-    "--allot",
-    type=click.Choice(["uniform", "threshold", "sensitivity"]),
-    default="uniform",
-    show_default=True,
-    help="The same ratio for each layer, or one for all together: below one threshold, or by sensitivity.",
-)
-@click.option(
-    "--protect",
-    metavar="LAYERS",
-    default="first,last",
-    show_default=True,
-    help="Layers that stay whole: first, last, blocks, name patterns.",
-)
+@pruning_options
 @click.option(
     "-o", "--out", metavar="FOLDER", type=PATH, help="Where the result goes.  [default: MODEL's name + .pruned]"
 )
@@ -73,10 +88,7 @@ def prune(
     model: Path,
     ratios: float | dict[str, float] | None,
     data: dict[str, Any],
-    method: str,
-    structure: str,
-    allot: Literal["uniform", "threshold", "sensitivity"],
-    protect: str,
+    pruning: dict[str, Any],
     out: Path | None,
     quiet: bool,
     as_json: bool,
@@ -89,16 +101,10 @@ def prune(
     from rerampile.pruner import remove_checkpoint
     from rerampile.pruning import PruneRequest
 
-    if ratios is None and ":" not in structure:
+    if ratios is None and ":" not in pruning["structure"]:
         raise click.UsageError("--prune: expected a ratio, or --structure N:M")
-    request = PruneRequest(
-        ratios={"*": ratios} if isinstance(ratios, float) else ratios or {},
-        engine=method,
-        structure=structure,
-        allot=allot,
-        protect=tuple(word for word in protect.split(",") if word),
-    )
-    place = _output_folder(out or Path(f"{model.stem}.pruned"))
+    request = PruneRequest(ratios={"*": ratios} if isinstance(ratios, float) else ratios or {}, **pruning)
+    place = own_folder(out or Path(f"{model.stem}.pruned"), {*_FILES, _UNFINISHED})
     pruned = prune_file(model, data, request, checkpoint=place / _UNFINISHED, quiet=quiet)
     record = _write(place, pruned, request)
     remove_checkpoint(place / _UNFINISHED)
@@ -153,26 +159,6 @@ def open_calibration(model: Path, data: dict[str, Any]) -> Dataset:
         generate=data["images"] or _IMAGES,
         skip_bad=data["skip_bad"],
     )
-
-
-def _output_folder(out: Path) -> Path:
-    """Make a folder for the result, or take one with an earlier result and nothing else in it.
-
-    Raises:
-        ConfigError: It cannot be made, or holds something else.
-    """
-    from rerampile.errors import ConfigError
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        others = {entry.name for entry in out.iterdir()} - {_MODEL, f"{_MODEL}.data", _MASKS, _RECORD, _UNFINISHED}
-    except OSError as error:
-        raise ConfigError(
-            f"-o {out}: cannot be used as a folder: {error.strerror or error}; name another one with -o"
-        ) from error
-    if others:
-        raise ConfigError(f"-o {out}: holds '{min(others)}', expected a new or empty folder; name another one with -o")
-    return out
 
 
 def _write(place: Path, pruned: PrunedModel, request: PruneRequest) -> dict[str, Any]:

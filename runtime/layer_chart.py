@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from rerampile.errors import ConfigError
+from rerampile.files import write_files
 from rerampile.runtime.pictures import render
 from rerampile.runtime.predict import LayerPrediction, Prediction, RatePrediction
 
@@ -79,12 +78,7 @@ def write_prediction(folder: Path, prediction: Prediction) -> None:
     data = msgspec.json.format(msgspec.json.encode(prediction), indent=1) + b"\n"
     svg, png = render(layers_picture(highest(prediction.rates)))
     files = {"prediction.json": data, "layers.svg": svg.encode(), "layers.png": png}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{os.fspath(folder)}: cannot be written: {error.strerror or error}") from error
+    write_files(folder, files)
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The JSON Schema of ``report.json`` and ``prediction.json``, made from the types that write it.
+"""The JSON Schema of ``report.json``, ``prediction.json`` and ``search.json``, made from the types that write it.
 
 It ships in the package as ``report.schema.json``; ``python docs/plan_format.py`` writes that file.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 from rerampile.json_schema import DRAFT, Definition, described_records
 from rerampile.runtime.comparison import ComparisonReport
 from rerampile.runtime.predict import Prediction
+from rerampile.runtime.search_report import SearchReport
 from rerampile.runtime.validation import ValidationReport
 
 __all__ = ["report_schema"]
 
-_REPORTS = (ValidationReport, ComparisonReport, Prediction)
+_REPORTS = (ValidationReport, ComparisonReport, Prediction, SearchReport)
 
 
 def report_schema() -> Definition:
-    """Return the JSON Schema (draft 2020-12) of the reports of ``validate``, ``compare`` and ``predict``."""
+    """Return the JSON Schema (draft 2020-12) of what ``validate``, ``compare``, ``predict`` and ``search`` report."""
     return {
         "$schema": DRAFT,
         "title": "rerampile report",
