@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
 from rerampile.plan import ArrayPlan, Partition, Region
+from rerampile.schemes import Coding
 from rerampile.target import Target
 from rerampile.unit import MappedLayer, Unit
 
@@ -40,7 +41,7 @@ class Allocate:
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.
         """
-        grid = _Grid.of(unit)
+        grid = _Grid.of(unit.target, next(iter(unit.mapped.values())).coding)
         bins: list[_Bin] = []
         regions: list[Region] = []
         dense = 0
@@ -89,9 +90,7 @@ class _Grid:
     roles: tuple[tuple[Role, ...], ...]
 
     @classmethod
-    def of(cls, unit: Unit) -> _Grid:
-        target = unit.target
-        coding = next(iter(unit.mapped.values())).coding
+    def of(cls, target: Target, coding: Coding) -> _Grid:
         cells: tuple[Role, ...] = ("plus", "minus") if coding.cells == 2 else ("plus",)
         twin = target.pair_layout == "twin" and len(cells) == 2
         roles: tuple[tuple[Role, ...], ...] = (("plus",), ("minus",)) if twin else (cells,)
@@ -142,6 +141,16 @@ class _Bin:
         self.pieces += [(piece, self.rows + row, self.outputs + output) for piece, row, output in other.pieces]
         self.rows += other.rows
         self.outputs += other.outputs
+
+
+def partition_size(target: Target, coding: Coding) -> tuple[int, int]:
+    """Return the inputs and the outputs that one array of a target has room for.
+
+    Raises:
+        CapacityError: It has no room for a single weight.
+    """
+    grid = _Grid.of(target, coding)
+    return grid.rows, grid.outputs
 
 
 def _cut(grid: _Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[list[_Piece], list[Region]]:

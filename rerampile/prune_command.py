@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rerampile.chip_options import calibration_options, family
-from rerampile.command import PATH, examples, json_option, own_folder, print_json, read_ratios
+from rerampile.command import PATH, examples, json_option, own_folder, print_json, read_ratios, target_options
 
 if TYPE_CHECKING:
     from rerampile.pruning import PrunedModel, PruneRequest
@@ -34,7 +34,14 @@ _PRUNING_OPTIONS = (
         metavar="WHAT",
         default="weights",
         show_default=True,
-        help="What goes: weights, rows or columns of crossbars, or N:M as in 2:4.",
+        help="What goes: weights, rows or columns of crossbars, whole partitions, or N:M as in 2:4.",
+    ),
+    click.option(
+        "--values",
+        metavar="WHAT",
+        default="any",
+        show_default=True,
+        help="What stays: any, levels of the target's cells, clusters:N, or unified:SHARE of the partitions.",
     ),
     click.option(
         "--allot",
@@ -79,6 +86,7 @@ pruning_options = family(_PRUNING_OPTIONS, "pruning", _pruning)
 )
 @calibration_options
 @pruning_options
+@target_options
 @click.option(
     "-o", "--out", metavar="FOLDER", type=PATH, help="Where the result goes.  [default: MODEL's name + .pruned]"
 )
@@ -89,6 +97,8 @@ def prune(
     ratios: float | dict[str, float] | None,
     data: dict[str, Any],
     pruning: dict[str, Any],
+    target: str,
+    settings: dict[str, Any],
     out: Path | None,
     quiet: bool,
     as_json: bool,
@@ -98,12 +108,15 @@ def prune(
     Each layer is fitted to what the dense model gives there, so that the others make up for what goes. The folder then
     holds the pruned model, ready for 'rerampile compile', and its masks. Interrupted, the same command goes on.
     """
+    from rerampile.asked_constraint import on_target
     from rerampile.pruner import remove_checkpoint
     from rerampile.pruning import PruneRequest
+    from rerampile.target import Target
 
-    if ratios is None and ":" not in pruning["structure"]:
-        raise click.UsageError("--prune: expected a ratio, or --structure N:M")
-    request = PruneRequest(ratios={"*": ratios} if isinstance(ratios, float) else ratios or {}, **pruning)
+    if ratios is None and ":" not in pruning["structure"] and pruning["values"] == "any":
+        raise click.UsageError("--prune: expected a ratio, or --structure N:M, or --values")
+    asked = ratios if isinstance(ratios, dict) else {"*": ratios or 0.0}
+    request = on_target(PruneRequest(ratios=asked, **pruning), Target.load(target, settings), None)
     place = own_folder(out or Path(f"{model.stem}.pruned"), {*_FILES, _UNFINISHED})
     pruned = prune_file(model, data, request, checkpoint=place / _UNFINISHED, quiet=quiet)
     record = _write(place, pruned, request)

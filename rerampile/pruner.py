@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.asked_constraint import constraint_of, inputs_of_pattern
 from rerampile.editable_model import EditableModel, can_shift
 from rerampile.errors import ConfigError, did_you_mean
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.passes.find_layers import find_layers
-from rerampile.passes.pruning.constraint import BlockSparsity, Constraint, NOfM, Sparsity
 from rerampile.passes.pruning.engine import ENGINES, prune_layer
 from rerampile.passes.pruning.problem import LayerProblem, layer_problem
 from rerampile.passes.pruning.ratios import (
@@ -47,7 +46,6 @@ Doubles = npt.NDArray[np.float64]
 
 _GRID = tuple(float(ratio) for ratio in np.round(np.arange(0, 0.96, 0.05), 2))  # of tables of losses
 _DIGITS = 32  # of the names of finished layers
-_N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 def check_request(request: PruneRequest) -> None:
@@ -58,25 +56,7 @@ def check_request(request: PruneRequest) -> None:
     """
     if request.engine not in ENGINES:
         raise ConfigError(f"pruning method {request.engine}: no such engine{did_you_mean(request.engine, ENGINES)}")
-    _constraint(request, 0.0)
-
-
-def _constraint(request: PruneRequest, ratio: float) -> Constraint:
-    """Return what a layer's weights have to be.
-
-    Raises:
-        ConfigError: The structure is unknown, or the ratio is outside [0, 1).
-    """
-    if found := _N_OF_M.fullmatch(request.structure):
-        return NOfM(int(found[1]), int(found[2]))
-    makers: dict[str, Callable[[float], Constraint]] = {
-        "weights": Sparsity,
-        "rows": BlockSparsity.rows,
-        "columns": BlockSparsity.columns,
-    }
-    if request.structure not in makers:
-        raise ConfigError(f"--structure {request.structure}: expected {', '.join(makers)}, or N:M as in 2:4")
-    return makers[request.structure](ratio)
+    constraint_of(request, 0.0, np.ones((1, 1, 1)))
 
 
 def prune_model(
@@ -146,7 +126,7 @@ def _ratios(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the ratio of each layer that is pruned, and the reason for each that is not."""
     keys: dict[str, str] = {}  # which of the user's words a layer goes by
-    for key, ratio in ({"*": 0.0} if _N_OF_M.fullmatch(request.structure) else request.ratios).items():
+    for key, ratio in ({"*": 0.0} if inputs_of_pattern(request.structure) else request.ratios).items():
         keys.update(dict.fromkeys(asked_ratios({key: ratio}, layers), key))
     protected = protected_layers(request.protect, layers)
     left: dict[str, str] = {}
@@ -157,7 +137,7 @@ def _ratios(
             chosen.append(layer)
         else:
             left[layer.name] = reason
-    if request.allot == "uniform" or _N_OF_M.fullmatch(request.structure):
+    if request.allot == "uniform" or inputs_of_pattern(request.structure):
         _, unseen = second_moments(graph, chosen, data, images[:1])
         ratios = {layer.name: request.ratios.get(keys[layer.name], 0.0) for layer in chosen}
     else:
@@ -189,9 +169,9 @@ def _reason(layer: Layer, protected: bool, asked: bool, request: PruneRequest) -
         return "protected"
     if layer.integer:
         return "its weights are whole numbers"
-    found = _N_OF_M.fullmatch(request.structure)
-    if found and layer.view.inputs % int(found[2]):
-        return f"{layer.view.inputs} inputs are no multiple of {found[2]}"
+    of = inputs_of_pattern(request.structure)
+    if of and layer.view.inputs % of:
+        return f"{layer.view.inputs} inputs are no multiple of {of}"
     return None
 
 
@@ -233,7 +213,7 @@ def _fit(
     moment, cross = _averages(found, centred)
     if ratio is None:
         return _Step(dense, _shift(layer, dense, dense, found))
-    pruned = prune_layer(dense, moment, _constraint(request, ratio), engine=request.engine, cross=cross)
+    pruned = prune_layer(dense, moment, constraint_of(request, ratio, dense), engine=request.engine, cross=cross)
     shift = _shift(layer, dense, pruned.weights, found) if centred else None
     return _Step(pruned.weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
 
@@ -264,7 +244,15 @@ def _experiment(graph: ModelGraph, data: Dataset, images: Indices, request: Prun
     """Return a hash of everything that a layer's result depends on, but for the ratios up to it."""
     model = graph.model
     files = [model.sha256, sorted(model.external.items()), data.digest]
-    parts = [*files, np.asarray(images).tolist(), request.engine, request.structure]
+    parts = [
+        *files,
+        np.asarray(images).tolist(),
+        request.engine,
+        request.structure,
+        request.values,
+        request.partition,
+        request.levels,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

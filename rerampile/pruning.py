@@ -22,8 +22,12 @@ class PruneRequest:
         ratios: Share of the weights (or rows, or columns) that goes, by block or layer name pattern in order, ``"*"``
             for all layers; without effect where the structure says it.
         engine: A name of :data:`rerampile.passes.pruning.engine.ENGINES`.
-        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, or as in ``2:4``, all but 2 of every 4
-            neighbouring inputs.
+        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, whole ``partitions``, or as in ``2:4``,
+            all but 2 of every 4 neighbouring inputs.
+        values: What the others may be: ``any``, one of the ``levels`` of the cells, ``clusters:16`` for 16 values a
+            layer, ``unified:0.5`` for one magnitude in each of the half of the partitions that this changes least.
+        partition: Inputs and outputs that one array holds.
+        levels: Values that cells can hold, as shares of an output's largest weight.
         allot: Whether each layer of a key loses the same share, or all together lose it: the weights below one
             ``threshold``, or by the ``sensitivity`` of the layers.
         protect: Layers that are not pruned: ``first``, ``last``, and blocks or layer name patterns.
@@ -32,6 +36,9 @@ class PruneRequest:
     ratios: Mapping[str, float] = field(default_factory=dict)
     engine: str = "admm"
     structure: str = "weights"
+    values: str = "any"
+    partition: tuple[int, int] = (128, 64)
+    levels: tuple[float, ...] = ()
     allot: Literal["uniform", "threshold", "sensitivity"] = "uniform"
     protect: tuple[str, ...] = ("first", "last")
 
@@ -74,10 +81,11 @@ class PrunedModel:
     left: dict[str, str]
 
     def source(self, layer: PrunedLayer) -> str:
-        """Return how a layer was pruned, as the plan tells it: ``admm 0.7``, ``admm rows 0.5``, ``admm 2:4``."""
-        structure = self.request.structure
-        words = [self.request.engine, *([] if structure == "weights" else [structure])]
-        return " ".join([*words, *([] if ":" in structure else [f"{layer.ratio:g}"])])
+        """Return how a layer was pruned, as the plan tells it: ``admm 0.7``, ``admm rows 0.5``, ``admm 2:4 levels``."""
+        request = self.request
+        words = [request.engine, *([] if request.structure == "weights" else [request.structure])]
+        words += [] if ":" in request.structure else [f"{layer.ratio:g}"]
+        return " ".join(words if request.values == "any" else [*words, request.values])
 
     @property
     def sparsity(self) -> float:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from rerampile.asked_constraint import on_target
 from rerampile.compiler import compile_model
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError
@@ -186,7 +187,8 @@ class _Steps:
     """
 
     def __init__(self, request: SearchRequest, folder: Path, progress: ChipsProgress | None) -> None:
-        check_request(request.pruning)
+        self._pruning = on_target(request.pruning, request.target, request.mapping)
+        check_request(self._pruning)
         folder.mkdir(parents=True, exist_ok=True)
         self._request, self._folder, self._progress = request, folder, progress
         self._graph = ModelGraph(load_model_file(request.model))
@@ -228,7 +230,7 @@ class _Steps:
             prune_model(
                 self._graph,
                 request.calibration,
-                replace(request.pruning, ratios=pruned),
+                replace(self._pruning, ratios=pruned),
                 images=request.calibration_images,
                 checkpoint=self._folder / "layers",
             )
@@ -277,7 +279,7 @@ class _Steps:
             "target": request.target.to_dict(),
             "mapping": self.mapping,
             "scale": request.scale,
-            "pruning": asdict(replace(request.pruning, ratios={})),
+            "pruning": asdict(replace(self._pruning, ratios={})),
             "calibration": [request.calibration.digest, request.calibration_images],
             "faults": selection.faults[0].key,
             "selection": [selection.data, selection.images],

@@ -139,6 +139,7 @@ def steps_picture(report: SearchReport) -> Callable[[Any], None]:
         axes.plot(
             [report.best], [report.steps[report.best].mean], "o", ms=11, mfc="none", mec="#3a7d44", label="best", ls=""
         )
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step; its pruning ratio beside each point")
         axes.set_ylabel(f"{report.metric} of chips (%)")
         axes.grid(alpha=0.3)

@@ -23,6 +23,7 @@ FACES = {
     "rerampile.compare_command",
     "rerampile.fault_commands",
     "rerampile.prune_command",
+    "rerampile.asked_constraint",
     "rerampile.pruner",
     "rerampile.show_pruning",
     "rerampile.search_command",

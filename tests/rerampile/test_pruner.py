@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from rerampile.passes.find_layers import find_layers
 from rerampile.pruner import prune_model, remove_checkpoint
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.data import Dataset, open_dataset
+from rerampile.target import Target
 
 IMAGES = 96
 
@@ -173,6 +175,57 @@ def test_structures(graph: ModelGraph, data: Dataset, structure: str) -> None:
         assert (~second.any(axis=1)).sum() == 3
 
 
+def test_partitions_are_those_of_the_target(path: Path, tmp_path: Path) -> None:
+    """Whole partitions go, so that the plan needs fewer arrays."""
+    array = ["--set", "rows=24", "--set", "columns=8"]  # 24 inputs and 4 pairs: 3 x 3 partitions of 'second'
+    calibration = ["--calibration", "generated", "--images", "16", "-q"]
+    out = tmp_path / "out"
+    done = run(path, "--prune", "second=0.34", "--structure", "partitions", *array, *calibration, "-o", out)
+    assert done.exit_code == 0, done.output
+    kept = load_file(out / "masks.safetensors")["second"].reshape(3, 4, 3, 24).any(axis=(1, 3))
+    assert np.count_nonzero(~kept) == 3
+    target = Target.load("paper", {"rows": 24, "columns": 8})
+    masks = out / "masks.safetensors"
+    plan = compile_model(out / "model.onnx", out=tmp_path / "deployment", masks=masks, target=target).plan
+    assert plan.totals.arrays_without_pruning - plan.totals.arrays == 3
+
+
+def test_levels_are_those_of_the_cells(path: Path, tmp_path: Path) -> None:
+    """Weights that were fitted to levels lose nothing more when they are mapped to these."""
+    cells = ["--set", "cell.levels=4"]
+    calibration = ["--calibration", "generated", "--images", "32", "-q"]
+    out = tmp_path / "out"
+    done = run(path, "--prune", "second=0.25", "--values", "levels", *cells, *calibration, "-o", out)
+    assert done.exit_code == 0, done.output
+    weights = onnx.numpy_helper.to_array(next(t for t in loaded(out).graph.initializer if t.name == "second"))
+    rows = weights.reshape(12, -1).astype(np.float64)
+    assert (rows == 0).sum() >= 216
+    steps = 3 * rows / np.abs(rows).max(axis=1, keepdims=True)
+    full = np.isclose(np.abs(rows).max(axis=1), _dense_scale(path), rtol=1e-3)
+    assert full.sum() >= 10  # nearly all outputs keep a weight at full scale
+    np.testing.assert_allclose(steps[full], np.round(steps[full]), atol=0.01)
+
+
+def _dense_scale(path: Path) -> np.ndarray:
+    graph = ModelGraph(load_model_file(path))
+    layer = next(layer for layer in find_layers(graph)[0] if layer.name == "second")
+    return np.abs(layer.matrix(graph)).max(axis=1)
+
+
+@pytest.mark.parametrize(("values", "most"), [("clusters:4", 4), ("unified:1", None)])
+def test_shared_values(graph: ModelGraph, data: Dataset, values: str, most: int | None) -> None:
+    request = PruneRequest(ratios={"second": 0.5}, values=values, partition=(72, 12))
+    if values == "unified:1":
+        with pytest.raises(ConfigError, match="ratio of blocks 1: expected a ratio of 0 or more and less than 1"):
+            prune_model(graph, data, request, images=16)
+        request = replace(request, values="unified:0.9")
+    pruned = prune_model(graph, data, request, images=32)
+    weights = next(t for t in pruned.model.proto.graph.initializer if t.name == "second")
+    found = onnx.numpy_helper.to_array(weights).reshape(12, 72)
+    assert (found == 0).mean() == pytest.approx(0.5, abs=0.01)
+    assert len(np.unique(found[found != 0] if most else np.abs(found[found != 0]))) <= (most or 2)
+
+
 @pytest.mark.parametrize("allot", ["threshold", "sensitivity"])
 def test_a_budget_for_all_layers(graph: ModelGraph, data: Dataset, allot: str) -> None:
     request = PruneRequest(ratios={"*": 0.5}, allot=allot, protect=("first",))
@@ -254,11 +307,19 @@ def test_compile_says_what_pruning_needs(path: Path, arguments: list[str], messa
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "--prune: expected a ratio, or --structure N:M"),
+        ([], 2, "--prune: expected a ratio, or --structure N:M, or --values"),
         (["--prune", "1"], 1, "--prune 1: expected a ratio of 0 or more and less than 1"),
         (["--prune", "sekond=0.5"], 1, "--prune sekond=0.5: no block and no layer of that name"),
         (["--prune", "0.5", "--method", "adm"], 1, "pruning method adm: no such engine (did you mean admm, "),
-        (["--prune", "0.5", "--structure", "row"], 1, "--structure row: expected weights, rows, columns, or N:M"),
+        (
+            ["--prune", "0.5", "--structure", "row"],
+            1,
+            "--structure row: expected weights, rows, columns, partitions, or N:M",
+        ),
+        (["--values", "level"], 1, "--values level: expected any, levels, clusters:N as in clusters:16, or unified"),
+        (["--values", "clusters:x"], 1, "--values clusters:x: expected any, levels, clusters:N"),
+        (["--values", "clusters:9999"], 1, "9999 clusters: a layer of"),
+        (["--values", "levels"], 1, "--values levels: the cells of target 'paper' are analog"),
         (["--structure", "5:4"], 1, "5:4 sparsity: expected N:M with 1 <= N <= M, as in 2:4"),
         (["--prune", "0.5", "--protect", "fist"], 1, "--protect fist: no block and no layer of that name"),
         (["--prune", "0.5", "--calibration", "cifar10:nowhere"], 1, "nowhere"),
