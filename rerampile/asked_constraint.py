@@ -19,7 +19,10 @@ from rerampile.pruning import PruneRequest
 from rerampile.schemes import Coding, known_scheme
 from rerampile.target import Target
 
-__all__ = ["constraint_of", "held_values", "inputs_of_pattern", "on_target"]
+__all__ = ["WHOLE", "constraint_of", "held_values", "inputs_of_pattern", "on_target"]
+
+WHOLE = frozenset({"rows", "columns", "channels", "partitions"})
+"""Structures that free whole lines of cells: only there do filters that nothing reads any more go, too."""
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 _POINTS_PER_STEP = 4  # of the weights that are coded to see which values there are
@@ -32,24 +35,25 @@ def inputs_of_pattern(structure: str) -> int | None:
     return None if found is None else int(found[2])
 
 
-def constraint_of(request: PruneRequest, ratio: float, weights: Floats) -> Constraint:
+def constraint_of(request: PruneRequest, ratio: float, weights: Floats, kernel: int = 1) -> Constraint:
     """Return what a layer's weights have to be.
 
     Args:
         request: What is asked.
         ratio: The layer's ratio.
         weights: Its dense weights, [groups, outputs, inputs], which set the full scale of levels.
+        kernel: Neighbouring inputs that belong to one channel.
 
     Raises:
         ConfigError: The structure or the values are unknown, or the ratio is outside [0, 1).
     """
-    sparsity = _sparsity(request, ratio)
+    sparsity = _sparsity(request, ratio, kernel)
     if request.values == "any":
         return sparsity
     return Combination(sparsity, _values(request, weights))
 
 
-def _sparsity(request: PruneRequest, ratio: float) -> Constraint:
+def _sparsity(request: PruneRequest, ratio: float, kernel: int) -> Constraint:
     structure = request.structure
     if found := _N_OF_M.fullmatch(structure):
         return NOfM(int(found[1]), int(found[2]))
@@ -57,6 +61,7 @@ def _sparsity(request: PruneRequest, ratio: float) -> Constraint:
         "weights": Sparsity,
         "rows": BlockSparsity.rows,
         "columns": BlockSparsity.columns,
+        "channels": lambda share: BlockSparsity(share, inputs=kernel, outputs=None),
         "partitions": lambda share: BlockSparsity(share, *request.partition),
     }
     if structure not in makers:

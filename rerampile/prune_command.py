@@ -34,7 +34,7 @@ _PRUNING_OPTIONS = (
         metavar="WHAT",
         default="weights",
         show_default=True,
-        help="What goes: weights, rows or columns of crossbars, whole partitions, or N:M as in 2:4.",
+        help="What goes: weights, rows or columns of crossbars, channels, partitions, or N:M as in 2:4.",
     ),
     click.option(
         "--values",

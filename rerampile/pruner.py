@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.asked_constraint import constraint_of, inputs_of_pattern
+from rerampile.asked_constraint import WHOLE, constraint_of, inputs_of_pattern
 from rerampile.editable_model import EditableModel, can_shift
 from rerampile.errors import ConfigError, did_you_mean
 from rerampile.graph import ModelGraph
@@ -39,6 +39,7 @@ from rerampile.pruning import PrunedLayer, PrunedModel, PruneRequest
 from rerampile.runtime.dataset import Dataset, Indices, spread
 from rerampile.runtime.second_moments import CrossMoments, Moments, cross_moments, second_moments
 from rerampile.tensor_file import TensorFile, TensorWriter
+from rerampile.unused_channels import kernel_size, unread_outputs
 
 __all__ = ["check_request", "prune_model", "remove_checkpoint"]
 
@@ -94,7 +95,7 @@ def prune_model(
     editable = EditableModel(graph, work)
     steps = _Checkpoint(checkpoint, _experiment(graph, data, indices, request))
     report = progress or (lambda done, count, name: None)
-    found = []
+    found: dict[str, _Step] = {}
     for number, layer in enumerate(work):
         report(number, len(work), layer.name)
         steps.enter(layer.name, ratios.get(layer.name))
@@ -106,19 +107,43 @@ def prune_model(
         if step.shift is not None:
             editable.shift(layer, step.shift)
         if layer.name in ratios:
-            kept = (step.weights != 0).reshape(layer.view.shape)
-            found.append(
-                PrunedLayer(
-                    name=layer.name,
-                    tensor=editable.weight_name(layer),
-                    ratio=ratios[layer.name],
-                    kept=layer.view.tensor(kept),
-                    loss=step.loss,
-                    deficient=step.deficient,
-                )
-            )
+            found[layer.name] = step
     report(len(work), len(work), "")
-    return PrunedModel(model=editable.model, request=request, layers=found, left=left)
+    weights = {layer.name: found[layer.name].weights.reshape(layer.view.shape) for layer in pruned}
+    if request.structure in WHOLE:
+        weights = _without_unread(graph, layers, weights)
+    return PrunedModel(
+        model=editable.model,
+        request=request,
+        layers=[_finish(editable, layer, weights[layer.name], found[layer.name], ratios) for layer in pruned],
+        left=left,
+    )
+
+
+def _without_unread(
+    graph: ModelGraph, layers: Sequence[Layer], weights: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return weights, float32 [groups * outputs, inputs] by layer name, without filters that nothing reads any more."""
+    unread = unread_outputs(graph, layers, weights)
+    return {
+        name: np.where(unread[name][:, None], np.float32(0), matrix) if name in unread else matrix
+        for name, matrix in weights.items()
+    }
+
+
+def _finish(
+    editable: EditableModel, layer: Layer, weights: npt.NDArray[np.float32], step: _Step, ratios: Mapping[str, float]
+) -> PrunedLayer:
+    """Give a layer its last weights, and say what became of it."""
+    editable.set_weights(layer, weights)
+    return PrunedLayer(
+        name=layer.name,
+        tensor=editable.weight_name(layer),
+        ratio=ratios[layer.name],
+        kept=layer.view.tensor(weights != 0),
+        loss=step.loss,
+        deficient=step.deficient,
+    )
 
 
 def _ratios(
@@ -213,7 +238,8 @@ def _fit(
     moment, cross = _averages(found, centred)
     if ratio is None:
         return _Step(dense, _shift(layer, dense, dense, found))
-    pruned = prune_layer(dense, moment, constraint_of(request, ratio, dense), engine=request.engine, cross=cross)
+    constraint = constraint_of(request, ratio, dense, kernel_size(layer))
+    pruned = prune_layer(dense, moment, constraint, engine=request.engine, cross=cross)
     shift = _shift(layer, dense, pruned.weights, found) if centred else None
     return _Step(pruned.weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
 

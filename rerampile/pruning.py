@@ -22,8 +22,8 @@ class PruneRequest:
         ratios: Share of the weights (or rows, or columns) that goes, by block or layer name pattern in order, ``"*"``
             for all layers; without effect where the structure says it.
         engine: A name of :data:`rerampile.passes.pruning.engine.ENGINES`.
-        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, whole ``partitions``, or as in ``2:4``,
-            all but 2 of every 4 neighbouring inputs.
+        structure: What goes: ``weights``, ``rows`` or ``columns`` of crossbars, input ``channels``, whole
+            ``partitions``, or as in ``2:4``, all but 2 of every 4 neighbouring inputs.
         values: What the others may be: ``any``, one of the ``levels`` of the cells, ``clusters:16`` for 16 values a
             layer, ``unified:0.5`` for one magnitude in each of the half of the partitions that this changes least.
         partition: Inputs and outputs that one array holds.
