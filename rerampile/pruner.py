@@ -35,6 +35,7 @@ from rerampile.passes.pruning.ratios import (
     relative_scores,
     threshold_ratios,
 )
+from rerampile.passes.pruning.refit import output_factors
 from rerampile.pruning import PrunedLayer, PrunedModel, PruneRequest
 from rerampile.runtime.dataset import Dataset, Indices, spread
 from rerampile.runtime.second_moments import CrossMoments, Moments, cross_moments, second_moments
@@ -240,8 +241,11 @@ def _fit(
         return _Step(dense, _shift(layer, dense, dense, found))
     constraint = constraint_of(request, ratio, dense, kernel_size(layer))
     pruned = prune_layer(dense, moment, constraint, engine=request.engine, cross=cross)
-    shift = _shift(layer, dense, pruned.weights, found) if centred else None
-    return _Step(pruned.weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
+    weights = pruned.weights
+    if request.values == "levels":
+        weights = weights * output_factors(weights, moment, dense, cross)[:, :, None]
+    shift = _shift(layer, dense, weights, found) if centred else None
+    return _Step(weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
 
 
 def _averages(found: CrossMoments, centred: bool) -> tuple[Doubles, Doubles]:
@@ -256,7 +260,7 @@ def _averages(found: CrossMoments, centred: bool) -> tuple[Doubles, Doubles]:
 
 
 def _shift(
-    layer: Layer, dense: npt.NDArray[np.float32], pruned: npt.NDArray[np.float32], found: CrossMoments
+    layer: Layer, dense: npt.NDArray[np.float32], pruned: npt.NDArray[np.floating[Any]], found: CrossMoments
 ) -> Doubles:
     """Return what brings the mean of each output back to the dense model's, float64 [channels]."""
     added = 0.0 if layer.input_addend is None else layer.input_addend

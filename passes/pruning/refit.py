@@ -11,7 +11,7 @@ import scipy.linalg
 from rerampile.passes.pruning.constraint import Constraint, Floats, Tangent
 from rerampile.passes.pruning.problem import LayerProblem
 
-__all__ = ["refit", "refit_support"]
+__all__ = ["output_factors", "refit", "refit_support"]
 
 _STEPS = 200
 _EXPECTED_STEPS = 40  # what conjugate gradients took on layers of trained networks
@@ -33,6 +33,26 @@ def refit(problem: LayerProblem, weights: Floats, constraint: Constraint) -> Flo
         return refit_support(problem, weights != 0, weights)
     tangent = constraint.tangent(weights, problem.importance)
     return _conjugate_gradients(problem, weights, tangent, axes=(0, 1, 2))
+
+
+def output_factors(weights: Floats, moment: Floats, wanted: Floats, cross: Floats) -> npt.NDArray[np.float64]:
+    """Return the factor of each output that brings it nearest to the wanted one: ``E[y y0] / E[y^2]``.
+
+    For weights that are bound to values: the factor goes into the scale of an output, not into its cells.
+
+    Args:
+        weights: [groups, outputs, inputs].
+        moment: ``E[x x^T]`` of what they see, [groups, inputs, inputs].
+        wanted: The weights whose outputs are wanted, [groups, outputs, inputs].
+        cross: ``E[x x0^T]`` with what those see, [groups, inputs, inputs].
+
+    Returns:
+        float64 [groups, outputs], positive; one where an output is zero or turned around.
+    """
+    energy = np.einsum("goi,goi->go", weights @ moment, weights, dtype=np.float64)
+    product = np.einsum("goi,goi->go", weights @ cross, wanted, dtype=np.float64)
+    sensible = (energy > 0) & (product > 0)
+    return np.where(sensible, product / np.where(sensible, energy, 1), 1.0)
 
 
 def refit_support(

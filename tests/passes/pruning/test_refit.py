@@ -14,7 +14,7 @@ from rerampile import DataError, InternalError
 from rerampile.passes.pruning import refit as module
 from rerampile.passes.pruning.constraint import NOfM, Sparsity
 from rerampile.passes.pruning.problem import LayerProblem, layer_problem
-from rerampile.passes.pruning.refit import refit, refit_support
+from rerampile.passes.pruning.refit import output_factors, refit, refit_support
 from rerampile.passes.pruning.values import Clusters, Combination, Levels, UnifiedMagnitudes
 
 Problem = Callable[..., LayerProblem]
@@ -152,3 +152,23 @@ def test_a_moment_that_is_not_finite() -> None:
 def test_a_moment_of_another_shape_is_a_bug() -> None:
     with pytest.raises(InternalError, match=r"second moment of shape \[1, 4, 4\] for weights of \[1, 2, 5\]"):
         layer_problem(np.ones((1, 2, 5)), np.ones((1, 4, 4)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_factors_of_outputs_are_the_best_there_are(seed: int) -> None:
+    """No other factor brings an output nearer to the wanted one, on the samples themselves."""
+    rng = np.random.default_rng(seed)
+    seen, dense = rng.standard_normal((2, 300, 6))
+    seen += dense
+    wanted = rng.standard_normal((1, 4, 6))
+    weights = np.round(wanted)
+    weights[0, 0] = 0
+    moment, cross = (seen.T @ seen / 300)[None], (seen.T @ dense / 300)[None]
+    factors = output_factors(weights, moment, wanted, cross)[0]
+    assert factors[0] == 1
+    target = dense @ wanted[0].T
+    for output in range(1, 4):
+        given = seen @ weights[0, output]
+        tried = [np.square(f * given - target[:, output]).mean() for f in factors[output] * np.array([0.99, 1, 1.01])]
+        if factors[output] != 1:
+            assert min(tried) == tried[1]
