@@ -25,24 +25,30 @@ from rerampile.runtime.monte_carlo import ChipResult, Experiment
 from rerampile.runtime.pictures import rates_picture, render
 from rerampile.runtime.report import known_text
 from rerampile.runtime.validation import MetricReport, ValidationReport, validate
+from rerampile.target import Target
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 MAPPINGS = ("two_column", "offset", "differential", "balanced")
 SCALES = ("tensor", "channel")
+BATCH = 32
 
 
 def measure(options: argparse.Namespace) -> list[ValidationReport]:
     """Compile the model with each mapping and scale, and run the chips; the baseline of the paper comes first."""
+    target = Target.load(options.target, {} if options.levels is None else {"cell.levels": options.levels})
     reports = []
     for scale in SCALES:
         for mapping in MAPPINGS:
             folder = options.work / f"{mapping}-{scale}"
-            compile_model(options.model, out=folder, target=options.target, mapping=mapping, scale=scale)
+            compile_model(options.model, out=folder, target=target, mapping=mapping, scale=scale)
             experiment = Experiment(
                 folder=folder,
                 faults=tuple(FaultModel.of_rate(float(rate)) for rate in options.failure_rate.split(",")),
                 data=options.data,
                 images_per_run=options.images_per_run,
+                batch=options.batch,
+                precision=options.precision,
             )
             journal = options.work / f"{mapping}-{scale}.journal.jsonl"
             reports.append(validate(experiment, journal, runs=options.runs, progress=say(folder.name)))
@@ -72,7 +78,8 @@ def page(report: ComparisonReport, options: argparse.Namespace) -> str:
         "",
         f"Mean {metric} of {chips} simulated chips for each failure rate of a cell (stuck off : stuck on = 1 : 5.2),",
         f"percent, with its 95 % interval, and the worst chip in brackets; {first.clean[metric]:.2f} % without faults.",
-        f"{seen}, target `{options.target}`, fp32 in ONNX Runtime {first.versions['onnxruntime']}.",
+        f"{seen}, target `{options.target}` {cells(options)}, {options.precision} in ONNX Runtime",
+        f"{first.versions['onnxruntime']}.{in_fp32(first, metric)}",
         *([] if options.note is None else ["", options.note]),
         "",
         f"![{metric} over failure rate]({options.name}.svg)",
@@ -103,11 +110,33 @@ def page(report: ComparisonReport, options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cells(options: argparse.Namespace) -> str:
+    """Return what the cells hold."""
+    return "with analog cells" if options.levels is None else f"with cells of {options.levels} levels"
+
+
+def in_fp32(report: ValidationReport, metric: str) -> str:
+    """Return what int8 costs without faults."""
+    return "" if report.int8 is None else f" In fp32 it has {report.int8.clean_fp32[metric]:.2f} % without faults."
+
+
 def repeat(options: argparse.Namespace) -> str:
     """Return the arguments that repeat a measurement."""
-    words = [options.model.name, "--data", options.shown_data, "--name", options.name, "--title", options.title]
+    model = options.model.resolve()
+    words = [
+        str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name,
+        "--data",
+        options.shown_data,
+        "--name",
+        options.name,
+        "--title",
+        options.title,
+    ]
     words += ["--failure-rate", options.failure_rate, "--runs", str(options.runs)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
+    words += [] if options.batch == BATCH else ["--batch", str(options.batch)]
+    words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
+    words += [] if options.note is None else ["--note", options.note]
     return shlex.join(words)
 
 
@@ -147,6 +176,9 @@ def main() -> None:
     parser.add_argument("--failure-rate", default="0.001,0.005,0.01")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
+    parser.add_argument("--batch", type=int, default=BATCH, help="images run at once; of no consequence")
+    parser.add_argument("--levels", type=int, help="of a cell, for cells that are not analog")
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
     parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
     options = parser.parse_args()
     options.shown_data = options.shown_data or options.data
