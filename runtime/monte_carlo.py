@@ -186,6 +186,7 @@ class Bench:
         del session
         release_memory()
         if experiment.first_image is not None:
+            self.deployment.require_outside(experiment.first_image)
             if not isinstance(self.data, ImageDataset):
                 raise ConfigError(f"--first-image: {self.data.name} has no images; name a data set of images")
             write_first_image(self.data, experiment.first_image)

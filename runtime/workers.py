@@ -149,9 +149,7 @@ class _Processes:
     def each(self, work: Work, items: Sequence[Any]) -> Iterator[Any]:
         try:
             pool = self._open(work)
-            yield from _finished(
-                items, lambda item: pool.submit(_do_given, item), self._done, lambda: _AHEAD * self._jobs
-            )
+            yield from _finished(items, lambda item: _submit(pool, item), self._done, lambda: _AHEAD * self._jobs)
         except BrokenExecutor as error:
             raise FaultRunError(
                 "a worker process died (out of memory?); finished chips are kept, start again with the same options to "
@@ -187,12 +185,22 @@ class _Processes:
         self._held.close()
 
 
+def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:
+    """Send an item on its way; a process that is started for it inherits that SIGINT is blocked until it is ignored."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_do_given, item)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _given: list[Work] = []
 
 
 def _begin(work: Work, parent: Connection) -> None:
     """Start a worker process: its parent alone is interrupted, and it ends when its parent does, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _given.append(work)
 

@@ -73,3 +73,12 @@ def test_damaged_in_the_middle(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the journal cannot be written: No such file"):
         Journal(tmp_path / "no" / "j", EXPERIMENT)
+
+
+def test_another_process_is_writing_it(tmp_path: Path) -> None:
+    """The lock belongs to the open file: a second one is refused as if another process had it."""
+    message = "another process is writing this journal; wait for it, or name another one"
+    with Journal(tmp_path / "j", EXPERIMENT), pytest.raises(DataError, match=message):
+        Journal(tmp_path / "j", EXPERIMENT)
+    with Journal(tmp_path / "j", EXPERIMENT) as journal:
+        assert journal.done == {}

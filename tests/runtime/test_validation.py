@@ -278,3 +278,10 @@ def test_where_no_layer_is_ranked_the_report_says_why(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<dt>no chart of layers</dt><dd>the closed forms hold for independent faults" in page
     assert not (tmp_path / "out" / "layers.svg").exists()
+
+
+def test_the_first_image_is_not_written_into_a_deployment(deployment: Deployment) -> None:
+    inside = deployment.folder / "first.png"
+    with pytest.raises(ConfigError, match=r"first.png: lies in the deployment .*; name another place"):
+        Bench(Experiment(folder=deployment.folder, first_image=inside, images=2))
+    assert not inside.exists()

@@ -129,6 +129,27 @@ def test_killed_and_started_again_it_gives_the_same_bytes(deployment: Deployment
     assert sorted(after) == sorted(finished_lines(whole / "journal.jsonl"))
 
 
+def test_ctrl_c_stops_all_processes_in_one_line(deployment: Deployment, tmp_path: Path) -> None:
+    """A terminal sends the signal to the workers, too."""
+    command = [sys.executable, "-m", "rerampile", "validate", deployment.folder, "--jobs", "2", "--runs", "5000"]
+    with subprocess.Popen(
+        [*command, "--images", "8", "-q", "-o", tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        journal = tmp_path / "out" / "journal.jsonl"
+        wait_until(lambda: journal.is_file() and len(finished_lines(journal)) > 5)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.stderr is not None
+        assert parent.stderr.read() == "Aborted\n"
+    assert parent.returncode == 130
+    wait_until(lambda: not any(is_running(int(child)) for child in children))
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert len(finished_lines(journal)) > 5
+
+
 def finished_lines(journal: Path) -> list[bytes]:
     """The whole lines of a journal but the first."""
     return journal.read_bytes().rpartition(b"\n")[0].splitlines()[1:]
