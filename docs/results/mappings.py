@@ -12,11 +12,11 @@ Example:
 from __future__ import annotations
 
 import argparse
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from tables import HERE, accuracy, command, shown_model, table
 
 from rerampile import compile_model
 from rerampile.runtime.comparison import Compared, ComparisonReport, Known, compare
@@ -24,11 +24,9 @@ from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import ChipResult, Experiment
 from rerampile.runtime.pictures import rates_picture, render
 from rerampile.runtime.report import known_text
-from rerampile.runtime.validation import MetricReport, ValidationReport, validate
+from rerampile.runtime.validation import ValidationReport, validate
 from rerampile.target import Target
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 MAPPINGS = ("two_column", "offset", "differential", "balanced")
 SCALES = ("tensor", "channel")
 BATCH = 32
@@ -84,11 +82,9 @@ def page(report: ComparisonReport, options: argparse.Namespace) -> str:
         "",
         f"![{metric} over failure rate]({options.name}.svg)",
         "",
-        row(["mapping", "scale", *(f"{rate:g}" for rate in rates)]),
-        row(["---"] * (2 + len(rates))),
-        *(
-            row([f"`{v.mapping}`", v.scale, *(accuracy(rate.metrics[metric]) for rate in v.rates)])
-            for v in report.validations
+        *table(
+            ["mapping", "scale", *(f"{rate:g}" for rate in rates)],
+            [[f"`{v.mapping}`", v.scale, *(accuracy(r.metrics[metric]) for r in v.rates)] for v in report.validations],
         ),
         "",
         f"## Failure rate tolerated at a drop of {report.drop:g} point",
@@ -96,16 +92,16 @@ def page(report: ComparisonReport, options: argparse.Namespace) -> str:
         "Each against its own fault-free model, between the rates above; *times* is in units of the first line, the",
         "paper's baseline. Intervals are of 95 %, by resampling chips.",
         "",
-        row(["mapping", "scale", "tolerated", "interval", "times", "interval"]),
-        row(["---"] * 6),
-        *(
-            row([f"`{v.mapping}`", v.scale, *tolerated(compared)])
-            for v, compared in zip(report.validations, report.compared, strict=True)
+        *table(
+            ["mapping", "scale", "tolerated", "interval", "times", "interval"],
+            [
+                [f"`{v.mapping}`", v.scale, *tolerated(compared)]
+                for v, compared in zip(report.validations, report.compared, strict=True)
+            ],
         ),
         "",
-        f"Every chip's value is in [{options.name}.json]({options.name}.json). To repeat it:",
-        "",
-        f"    python docs/results/mappings.py {repeat(options)}",
+        f"Every chip's value is in [{options.name}.json]({options.name}.json).",
+        *command("mappings.py", repeat(options)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -120,35 +116,15 @@ def in_fp32(report: ValidationReport, metric: str) -> str:
     return "" if report.int8 is None else f" In fp32 it has {report.int8.clean_fp32[metric]:.2f} % without faults."
 
 
-def repeat(options: argparse.Namespace) -> str:
+def repeat(options: argparse.Namespace) -> list[str]:
     """Return the arguments that repeat a measurement."""
-    model = options.model.resolve()
-    words = [
-        str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name,
-        "--data",
-        options.shown_data,
-        "--name",
-        options.name,
-        "--title",
-        options.title,
-    ]
+    words = [shown_model(options.model), "--data", options.shown_data]
+    words += ["--name", options.name, "--title", options.title]
     words += ["--failure-rate", options.failure_rate, "--runs", str(options.runs)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
     words += [] if options.batch == BATCH else ["--batch", str(options.batch)]
     words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
-    words += [] if options.note is None else ["--note", options.note]
-    return shlex.join(words)
-
-
-def row(cells: Sequence[str]) -> str:
-    """Return a line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def accuracy(found: MetricReport) -> str:
-    """Return the mean with its interval, and the worst chip."""
-    low, high = found.interval or (found.mean, found.mean)
-    return f"{found.mean:.2f} ± {(high - low) / 2:.2f} ({found.worst:.1f})"
+    return words + ([] if options.note is None else ["--note", options.note])
 
 
 def tolerated(compared: Compared) -> list[str]:
