@@ -30,7 +30,7 @@ from rerampile.runtime.blocked_weights import (
 from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
 from rerampile.runtime.quantised import quantised_model
-from rerampile.runtime.session import open_session, run
+from rerampile.runtime.session import open_session, release_memory, run
 from rerampile.runtime.weight_buffers import WeightBuffers
 
 if TYPE_CHECKING:
@@ -304,4 +304,7 @@ class _SlowExecutor(_PatchedExecutor):
         options.intra_op_num_threads = self._threads or 0
         if self._plain.optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return open_session(model.SerializeToString(), options, self._providers), arrays
+        session = open_session(model.SerializeToString(), options, self._providers)
+        if not self._plain.optimised:
+            release_memory()
+        return session, arrays
