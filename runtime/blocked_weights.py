@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from onnx import TensorProto, helper, numpy_helper
 from rerampile.deployment import Deployment
 from rerampile.onnx_file import ModelFile, iter_graphs
 from rerampile.plan import LayerPlan
-from rerampile.runtime.plain_model import PlainModel, weight_options
+from rerampile.runtime.plain_model import PlainModel, declare_weight, weight_options
 from rerampile.runtime.session import open_session, release_memory
 from rerampile.runtime.weight_buffers import Place, WeightBuffers, tensor_place
 
-__all__ = ["BlockedModel", "NotApplicableError", "blocked_model"]
+__all__ = ["BlockedModel", "NotApplicableError", "blocked_model", "optimised_once", "plain_buffers"]
 
 Array = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
+_Find = Callable[[str, Array], "Place | None"]  # where the layer lies that a tensor holds
 
 _SMALLEST_NORMAL, _INFINITY, _SIGN = 0x00800000, 0x7F800000, 0x80000000  # bits of float32
 _LARGEST_MODEL = 1 << 30  # bytes of digital tensors that the optimised graph may carry
@@ -63,18 +64,24 @@ def blocked_model(deployment: Deployment, plain: PlainModel) -> BlockedModel:
         FaultRunError: ONNX Runtime refuses the model.
     """
     numbering = _Numbering.of(deployment.plan.layers)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as negative_folder:
-        found = _sorted(_optimised(deployment, plain, numbering, 0, Path(folder)), numbering, 0)
-        release_memory()
-        other = _sorted(_optimised(deployment, plain, numbering, _SIGN, Path(negative_folder)), numbering, _SIGN)
-        release_memory()
-        if found.digests != other.digests or found.operators != other.operators:
-            raise NotApplicableError("ONNX Runtime's optimised graph holds more of the weights than the weights")
+
+    def optimised(sign: int) -> _Sorted:
+        numbers = plain_buffers(deployment, plain)
+        for layer in range(len(numbering.layers)):
+            numbers.fill(layer, numbering.matrix(layer, sign))
+        return _optimised(deployment, plain, numbers.arrays, lambda name, array: numbering.place(name, array, sign))
+
+    found = optimised(0)
+    release_memory()
+    alike = found.alike(optimised(_SIGN))
+    release_memory()
+    if not alike:
+        raise NotApplicableError("ONNX Runtime's optimised graph holds more of the weights than the weights")
     missing = set(range(len(numbering.layers))) - {place.layer for place in found.places}
     if missing:
         name = numbering.layers[min(missing)].name
         raise NotApplicableError(f"ONNX Runtime's optimised graph does not hold each weight of layer '{name}' once")
-    proto = found.model.proto
+    proto = found.proto
     if proto.ByteSize() > _LARGEST_MODEL:
         raise NotApplicableError(f"{proto.ByteSize()} bytes of digital tensors, more than {_LARGEST_MODEL}")
     for name, shape in found.shapes.items():
@@ -92,19 +99,53 @@ def plain_buffers(
     return WeightBuffers(shapes, places, int8_scales)
 
 
-def _optimised(deployment: Deployment, plain: PlainModel, numbering: _Numbering, sign: int, folder: Path) -> ModelFile:
-    """Have ONNX Runtime optimise the model with numbers for weights; return what it saved into a folder."""
-    numbers = plain_buffers(deployment, plain)
-    for layer in range(len(numbering.layers)):
-        numbers.fill(layer, numbering.matrix(layer, sign))
-    path = folder / "optimised.onnx"
-    options = weight_options(deployment, numbers.arrays)
-    options.optimized_model_filepath = str(path)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "256")
-    open_session(plain.proto.SerializeToString(), options)
-    proto = onnx.load_model(path, load_external_data=False)
-    return ModelFile(proto=proto, name=path.name, folder=folder, size=0)
+def optimised_once(deployment: Deployment, plain: PlainModel, values: Mapping[str, Array]) -> PlainModel | None:
+    """Return a plain model as ONNX Runtime optimises it, to be opened for each chip without doing that again.
+
+    It is the same for all chips where the optimiser leaves every weight as it is and computes nothing from them, which
+    a second optimisation shows, with the bits of all weights inverted.
+
+    Args:
+        deployment: The deployment.
+        plain: The model, all of whose weights are int8.
+        values: Its weights by name; of any chip.
+
+    Returns:
+        The model, or None where a weight does not come back as it was, or something else depends on weights.
+    """
+    layers = deployment.plan.layers
+    places = {
+        name: tensor_place(name, n, layer) for n, (name, layer) in enumerate(zip(plain.weights, layers, strict=True))
+    }
+
+    def optimised(weights: Mapping[str, Array]) -> _Sorted:
+        def place(name: str, array: Array) -> Place | None:
+            same = name in weights and array.dtype == np.int8 and np.array_equal(array, weights[name])
+            return places[name] if same else None
+
+        return _optimised(deployment, plain, weights, place)
+
+    found = optimised(values)
+    other = optimised({name: ~array for name, array in values.items()})
+    if not found.alike(other) or len(found.places) != len(layers):
+        return None
+    for name, layer in zip(plain.weights, layers, strict=True):
+        declare_weight(found.proto.graph, name, layer.weight_shape, TensorProto.INT8)
+    return PlainModel(proto=found.proto, weights=plain.weights, optimised=True)
+
+
+def _optimised(deployment: Deployment, plain: PlainModel, values: Mapping[str, Array], find: _Find) -> _Sorted:
+    """Have ONNX Runtime optimise the model with values for weights; return what it saved, its weights apart."""
+    options = weight_options(deployment, values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "256")
+        open_session(plain.proto.SerializeToString(), options)
+        release_memory()
+        proto = onnx.load_model(path, load_external_data=False)
+        return _sorted(ModelFile(proto=proto, name=path.name, folder=path.parent, size=0), find)
 
 
 @dataclass(frozen=True)
@@ -157,27 +198,31 @@ class _Sorted:
     """An optimised model, its weights apart from its digital tensors.
 
     Attributes:
-        model: The model; its weights are removed, its digital tensors lie in it.
+        proto: The model; its weights are removed, its digital tensors lie in it.
         places: Where layers lie.
         shapes: Shape of each weight tensor.
         digests: Hashes of all digital tensors, ascending: their names change from one optimisation to the next.
         operators: All operators, ascending.
     """
 
-    model: ModelFile
+    proto: onnx.ModelProto
     places: list[Place]
     shapes: dict[str, tuple[int, ...]]
     digests: list[str]
     operators: list[tuple[str, str]]
 
+    def alike(self, other: _Sorted) -> bool:
+        """Return whether two optimisations differ in weights alone."""
+        return (self.digests, self.operators) == (other.digests, other.operators)
 
-def _sorted(model: ModelFile, numbering: _Numbering, sign: int) -> _Sorted:
+
+def _sorted(model: ModelFile, find: _Find) -> _Sorted:
     main, *inner = iter_graphs(model.proto.graph)
-    found = _Sorted(model, [], {}, [], sorted((n.domain, n.op_type) for g in (main, *inner) for n in g.node))
+    found = _Sorted(model.proto, [], {}, [], sorted((n.domain, n.op_type) for g in (main, *inner) for n in g.node))
     for graph in (main, *inner):
         for tensor in list(graph.initializer):
             array = model.array(tensor)
-            place = numbering.place(tensor.name, array, sign) if graph is main else None
+            place = find(tensor.name, array) if graph is main else None
             if place is not None:
                 found.places.append(place)
                 found.shapes[tensor.name] = array.shape
@@ -190,7 +235,3 @@ def _sorted(model: ModelFile, numbering: _Numbering, sign: int) -> _Sorted:
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     found.digests.sort()
     return found
-
-
-def _digest(array: Array) -> str:
-    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

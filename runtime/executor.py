@@ -20,11 +20,17 @@ import onnxruntime as ort
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, FaultRunError
-from rerampile.runtime.blocked_weights import BlockedModel, NotApplicableError, blocked_model, plain_buffers
+from rerampile.runtime.blocked_weights import (
+    BlockedModel,
+    NotApplicableError,
+    blocked_model,
+    optimised_once,
+    plain_buffers,
+)
 from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
 from rerampile.runtime.quantised import quantised_model
-from rerampile.runtime.session import open_session, run
+from rerampile.runtime.session import open_session, release_memory, run
 from rerampile.runtime.weight_buffers import WeightBuffers
 
 if TYPE_CHECKING:
@@ -266,7 +272,8 @@ class _SlowExecutor(_PatchedExecutor):
         int8_scales: Mapping[int, npt.NDArray[np.float32]] | None = None,
     ) -> None:
         super().__init__(deployment, plain_buffers(deployment, plain, int8_scales), reason)
-        self._plain = plain
+        all_int8 = int8_scales is not None and len(int8_scales) == len(plain.weights)  # so that no layer leaks
+        self._plain = (optimised_once(deployment, plain, self._buffers.arrays) if all_int8 else None) or plain
         self._providers = [provider] if provider == _CPU else [provider, _CPU]
         self._threads = threads
         self._leaks: list[tuple[int, Leaks]] = []
@@ -295,4 +302,9 @@ class _SlowExecutor(_PatchedExecutor):
             arrays |= widen(model, layer, self._plain.weights[number], self._buffers.read(number), leaks)
         options = weight_options(self._deployment, arrays)
         options.intra_op_num_threads = self._threads or 0
-        return open_session(model.SerializeToString(), options, self._providers), arrays
+        if self._plain.optimised:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = open_session(model.SerializeToString(), options, self._providers)
+        if not self._plain.optimised:
+            release_memory()
+        return session, arrays

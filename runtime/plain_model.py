@@ -36,10 +36,12 @@ class PlainModel:
     Attributes:
         proto: The model, without functions; each weight is an external initializer of the main graph without data.
         weights: Name of each layer's weight tensor, float32 in the layer's ``weight_shape``, in the plan's order.
+        optimised: Whether ONNX Runtime has optimised it already.
     """
 
     proto: onnx.ModelProto = field(repr=False)
     weights: tuple[str, ...]
+    optimised: bool = False
 
 
 def plain_model(deployment: Deployment) -> PlainModel:

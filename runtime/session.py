@@ -30,6 +30,8 @@ def open_session(model: Path | bytes, options: Any = None, providers: Sequence[s
     """
     options = options if options is not None else ort.SessionOptions()
     options.log_severity_level = 4
+    # Idle threads that go on spinning take the cores from whoever draws faults or opens the next session.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     # Products with weights of four bits are rounded to eight bits otherwise, which no exact deployment agrees with.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Constant float weights between DequantizeLinear and QuantizeLinear would be rounded to eight bits, too.
