@@ -95,8 +95,8 @@ def page(dense: float, figures: list[Figure], options: argparse.Namespace) -> st
     lines = [
         f"# {options.title}",
         "",
-        f"Accuracy without faults, percent, after pruning at once from {options.images} training images, without labels",
-        f"or training; {dense:.2f} % for the dense model. Every layer but the first and the last loses the same share.",
+        f"Accuracy without faults, percent, after pruning at once from {options.images} training images, without",
+        f"labels or training; {dense:.2f} % for the dense model. Every layer but the first and the last loses the same share.",
         "",
         f"![accuracy over pruning ratio]({options.name}.svg)",
         "",
