@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
+from rerampile.chip_options import fault_rate_options
+from rerampile.command import (
+    PATH,
+    examples,
+    json_option,
+    print_json,
+    read_ratios,
+    refuse_given,
+    scale_option,
+    target_options,
+)
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.interruption import cleaned_up, received_signal
@@ -30,11 +40,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rerampile.deployment import Deployment
+    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["main"]
 
-# The same as rerampile.schemes.SCHEMES, which costs the import of numpy.
-_SCHEMES = ("two_column", "differential", "offset", "balanced")
+# The same as rerampile.schemes.MAPPINGS and WEIGHED, which cost the import of numpy.
+_MAPPINGS = ("two_column", "differential", "offset", "balanced", "optimal", "auto")
+_WEIGHED = ("optimal", "auto")
 
 _INTERNAL_ERROR = 70
 _BUG = (
@@ -154,6 +166,7 @@ def main() -> None:
         "rerampile compile model.onnx --mapping differential --prune 0.6 -o out",
         "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
+        "rerampile compile model.onnx --mapping auto --failure-rate 0.005 --off-on 1:5.2",
     ),
 )
 @click.argument("model", type=PATH)
@@ -166,8 +179,17 @@ def main() -> None:
 @target_options
 @click.option(
     "--mapping",
-    type=_NearChoice(_SCHEMES),
-    help="How a weight becomes cells.  [default: the target's]",
+    type=_NearChoice(_MAPPINGS),
+    help="How a weight becomes cells; auto: the best for each layer.  [default: the target's]",
+)
+@fault_rate_options
+@click.option(
+    "--current-weight",
+    metavar="X",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
 @click.option(
@@ -192,12 +214,17 @@ def main() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress lines.")
 @click.option("-v", "--verbose", is_flag=True, help="Also say what stays digital and why, and name the versions.")
 @json_option
+@click.pass_context
 def compile_(
+    ctx: click.Context,
+    /,
     model: Path,
     out: Path | None,
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
+    faults: FaultModel | None,
+    current_weight: float,
     scale: Literal["channel", "tensor"],
     prune: float | dict[str, float] | None,
     masks: Path | None,
@@ -217,14 +244,21 @@ def compile_(
     from rerampile.compiler import compile_model
     from rerampile.target import Target
 
+    resolved = Target.load(target, settings)
+    weighed = (mapping or resolved.mapping) in _WEIGHED
+    if not weighed:
+        reason = f"no effect on mapping {mapping or resolved.mapping}; use it with {' or '.join(_WEIGHED)}"
+        refuse_given(ctx, ("rate", "off_on", "stuck_off", "stuck_on", "current_weight"), reason)
     if verbose:
         _say_versions()
     with cleaned_up(), _Progress(quiet) as progress:
         deployment = compile_model(
             model,
             out=out or Path(f"{model.stem}.deployment"),
-            target=Target.load(target, settings),
+            target=resolved,
             mapping=mapping,
+            faults=faults if weighed else None,
+            current_weight=current_weight,
             scale=scale,
             prune=prune,
             masks=masks,
