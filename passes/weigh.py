@@ -104,9 +104,9 @@ def _placed(layer: Layer, nonzero: Flags | None) -> Flags:
     view = layer.view
     if nonzero is None:
         return np.broadcast_to(np.True_, view.shape)
-    inputs = nonzero.reshape(view.groups, view.outputs, view.inputs).any(axis=1)
-    placed: Flags = nonzero.any(axis=1)[:, None] & np.repeat(inputs, view.outputs, axis=0)
-    return placed
+    inputs: Flags = np.asarray(nonzero.reshape(view.groups, view.outputs, view.inputs).any(axis=1))
+    outputs: Flags = np.asarray(nonzero.any(axis=1, keepdims=True))
+    return outputs & np.repeat(inputs, view.outputs, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)

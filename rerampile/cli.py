@@ -166,7 +166,7 @@ def main() -> None:
         "rerampile compile model.onnx --mapping differential --prune 0.6 -o out",
         "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
-        "rerampile compile model.onnx --mapping auto --failure-rate 0.005 --off-on 1:5.2",
+        "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
     ),
 )
 @click.argument("model", type=PATH)
@@ -361,7 +361,9 @@ def verify(folder: Path, as_json: bool) -> None:
     type=PATH,
     help="Write the cells of that array, [rows, columns], spare ones included.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="List every array and every digital node.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="List every array and every digital node, and what schemes were weighed."
+)
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
     """Show the plan of a deployment, or one of its arrays."""
@@ -371,6 +373,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
+        from rerampile.show_mapping import show_choices
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -379,6 +382,8 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             print_json(plan_data(read))
         else:
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
+            if verbose:
+                show_choices(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

@@ -21,10 +21,10 @@ Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
 
-def centre(difference: Array, aim: float, low: float, high: float, out: Array) -> None:
-    """Write analog pairs of differences into ``out`` [2, ...]; one of the two may be where the differences lie."""
+def centre(difference: Array, aim: float, low: np.float32, high: np.float32, out: Array) -> None:
+    """Write pairs of siemens of differences [...] into ``out`` [2, ...], where the differences themselves may lie."""
     half = np.abs(difference) / 2
-    inside = difference.dtype.type(min(max(aim, low), high))
+    inside = np.float32(min(max(aim, float(low)), float(high)))
     common = np.clip(inside, low + half, np.maximum(high - half, low + half))
     half = difference / 2
     np.add(common, half, out=out[0])
