@@ -41,25 +41,27 @@ class Allocate:
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.
         """
-        grid = _Grid.of(unit.target, next(iter(unit.mapped.values())).coding)
         bins: list[_Bin] = []
         regions: list[Region] = []
         dense = 0
         for number, layer in enumerate(unit.layers):
-            pieces, empty = _cut(grid, number, layer, unit.mapped[layer.name])
+            mapped = unit.mapped[layer.name]
+            grid = _Grid.of(unit.target, mapped.coding)
+            pieces, empty = _cut(grid, number, layer, mapped)
             bins.extend(_stack(grid, pieces))
             regions.extend(empty)
-            dense += grid.dense_count(layer)
-        before_packing = len(bins)
-        if unit.options.pack:
-            bins = _pack(grid, bins)
-        _check_capacity(unit.target, len(bins) * len(grid.roles), unit.options.pack)
+            dense += grid.dense_count(layer) * len(grid.roles)
+        before_packing = _count(bins)
+        if unit.options.pack:  # pairs and single cells lie differently on an array, and never share one
+            grids = dict.fromkeys(bin_.grid for bin_ in bins)
+            bins = [packed for grid in grids for packed in _pack(grid, [b for b in bins if b.grid == grid])]
+        _check_capacity(unit.target, _count(bins), unit.options.pack)
         return replace(
             unit,
-            arrays=tuple(_place(grid, unit.target, bins)),
+            arrays=tuple(_place(unit.target, bins)),
             regions=tuple(regions),
-            arrays_without_pruning=dense * len(grid.roles),
-            arrays_before_packing=before_packing * len(grid.roles),
+            arrays_without_pruning=dense,
+            arrays_before_packing=before_packing,
         )
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
@@ -128,6 +130,7 @@ class _Piece:
 class _Bin:
     """An array (or a set of twins) that is being filled along its diagonal."""
 
+    grid: _Grid
     rows: int = 0
     outputs: int = 0
     pieces: list[tuple[_Piece, int, int]] = field(default_factory=list)
@@ -239,13 +242,13 @@ def _as_flags(indices: Indices, size: int) -> Flags:
 
 def _stack(grid: _Grid, pieces: Sequence[_Piece]) -> Iterator[_Bin]:
     """Give each piece an array of its own, but let small pieces of different groups of one layer share one."""
-    current = _Bin()
+    current = _Bin(grid)
     for piece in pieces:
         alone = not current.pieces or any(piece.group == other.group for other, _, _ in current.pieces)
         if alone or not _fits(grid, current, piece.rows, piece.outputs):
             if current.pieces:
                 yield current
-            current = _Bin()
+            current = _Bin(grid)
         current.add(piece)
     if current.pieces:
         yield current
@@ -265,7 +268,7 @@ def _pack(grid: _Grid, bins: Sequence[_Bin]) -> list[_Bin]:
         fits = (free[: len(packed)] >= need).all(axis=1)
         where = int(fits.argmax()) if fits.any() else len(packed)
         if where == len(packed):
-            packed.append(_Bin())
+            packed.append(_Bin(grid))
             free[where] = grid.rows, grid.outputs
         packed[where].absorb(bins[i])
         free[where] -= need
@@ -281,15 +284,21 @@ def _check_capacity(target: Target, needed: int, packed: bool) -> None:
         )
 
 
-def _place(grid: _Grid, target: Target, bins: Sequence[_Bin]) -> Iterator[ArrayPlan]:
+def _count(bins: Sequence[_Bin]) -> int:
+    """Return how many arrays there are, each twin counted."""
+    return sum(len(bin_.grid.roles) for bin_ in bins)
+
+
+def _place(target: Target, bins: Sequence[_Bin]) -> Iterator[ArrayPlan]:
     """Yield the arrays in address order; twins follow one another."""
-    slices = list(range(grid.slices))
-    for number, bin_ in enumerate(bins):
+    first = 0
+    for bin_ in bins:
+        grid = bin_.grid
+        slices = list(range(grid.slices))
         partitions = [
             msgspec.structs.replace(piece.partition, row=row, column=output * grid.width)
             for piece, row, output in bin_.pieces
         ]
-        first = number * len(grid.roles)
         for k, roles in enumerate(grid.roles):
             chip, tile, core, array = target.address(first + k)
             yield ArrayPlan(
@@ -303,3 +312,4 @@ def _place(grid: _Grid, target: Target, bins: Sequence[_Bin]) -> Iterator[ArrayP
                 partitions=partitions,
                 twin=first + 1 - k if len(grid.roles) == 2 else None,
             )
+        first += len(grid.roles)

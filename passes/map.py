@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy.typing as npt
 from rerampile.background import side_by_side
 from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
-from rerampile.schemes import Coding, Scheme, row_chunks
+from rerampile.passes.weigh import Candidate, stuck_cell, weigh
+from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, row_chunks
 from rerampile.target import Target
 from rerampile.unit import MappedLayer, Unit
 
@@ -34,23 +36,38 @@ class Map:
             ModelError: A weight is NaN, infinite or too large.
             ConfigError: The cells have too few levels for the scheme.
         """
-        coding = coding_for(unit.target, unit.options.mapping)
-        if coding.span <= 0:
+        weighed = unit.options.mapping in WEIGHED
+        codings = [coding_for(unit, scheme) for scheme in SCHEMES if weighed or scheme == unit.options.mapping]
+        possible = [coding for coding in codings if coding.span > 0]
+        if not possible:
             raise ConfigError(
-                f"mapping '{coding.scheme}': one cell of {coding.levels} levels holds zero and weights of one sign "
-                f"only; use more levels or slices, or a scheme with a pair of cells"
+                f"mapping '{codings[0].scheme}': one cell of {codings[0].levels} levels holds zero and weights of one "
+                f"sign only; use more levels or slices, or a scheme with a pair of cells"
             )
-        mapped = side_by_side(lambda layer: _map_layer(unit, layer, coding), unit.layers)
+        mapped = side_by_side(lambda layer: _map_layer(unit, layer, possible), unit.layers)
         return replace(unit, mapped=dict(zip((layer.name for layer in unit.layers), mapped, strict=True)))
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
-        """Return the scheme and the number of weights."""
+        """Return the scheme, or how many layers have which, and the number of weights."""
         weights = sum(layer.view.shape[0] * layer.view.shape[1] for layer in unit.layers)
-        return {"scheme": unit.options.mapping, "scale": unit.options.scale, "weights": weights}
+        scheme: str = unit.options.mapping
+        if scheme == "auto":
+            counts = Counter(mapped.coding.scheme for mapped in unit.mapped.values())
+            scheme = f"auto ({', '.join(f'{name} {counts[name]}' for name in SCHEMES if counts[name])})"
+        return {"scheme": scheme, "scale": unit.options.scale, "weights": weights}
 
 
-def coding_for(target: Target, scheme: Scheme) -> Coding:
-    """Return the coding of weights into a target's cells under a mapping scheme."""
+def coding_for(unit: Unit, scheme: Scheme) -> Coding:
+    """Return the coding of weights into the target's cells under a mapping scheme."""
+    if scheme != "optimal":
+        return plain_coding(unit.target, scheme)
+    pair = plain_coding(unit.target, "balanced")
+    common_modes = stuck_cell(unit, pair).common_modes(pair, unit.options.current_weight)
+    return replace(pair, scheme=scheme, common_modes=common_modes)
+
+
+def plain_coding(target: Target, scheme: Scheme) -> Coding:
+    """Return the coding under a scheme that does not depend on faults; ``optimal`` holds the same values as others."""
     cell = target.cell
     return Coding(
         scheme=scheme,
@@ -62,7 +79,8 @@ def coding_for(target: Target, scheme: Scheme) -> Coding:
     )
 
 
-def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
+def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLayer:
+    """Map one layer with the best of some codings."""
     smallest, largest, nonzero = _survey(unit, layer)
     magnitude = np.maximum(largest, -smallest)  # NaN and infinity survive both
     if not np.isfinite(magnitude).all():
@@ -70,19 +88,35 @@ def _map_layer(unit: Unit, layer: Layer, coding: Coding) -> MappedLayer:
             f"{unit.model.name}: layer '{layer.name}' has a weight that is NaN, infinite or beyond float32 in output "
             f"{int(np.flatnonzero(~np.isfinite(magnitude))[0])}, expected finite numbers; export the model again"
         )
-    limit = float(np.finfo(np.float32).max) * coding.span
-    if float(magnitude.max(initial=0)) > limit:
+    limits = [float(np.finfo(np.float32).max) * coding.span for coding in codings]
+    most = float(magnitude.max(initial=0))
+    if most > max(limits):
         raise ModelError(
-            f"{unit.model.name}: layer '{layer.name}': weights of up to {magnitude.max():.3g}, expected at most "
-            f"{limit:.3g}, where weight per siemens still fits float32; scale the model down"
+            f"{unit.model.name}: layer '{layer.name}': weights of up to {most:.3g}, expected at most "
+            f"{max(limits):.3g}, where weight per siemens still fits float32; scale the model down"
         )
-    exact = layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max()))
+    candidates = [
+        _candidate(unit, layer, coding, smallest, largest)
+        for coding, limit in zip(codings, limits, strict=True)
+        if most <= limit
+    ]
+    chosen, choice = candidates[0], None
+    if unit.options.mapping in WEIGHED:
+        chosen, choice = weigh(unit, layer, nonzero, candidates)
     return MappedLayer(
-        coding=coding,
-        gain=np.ones_like(magnitude) if exact else _gain(unit, layer, coding, magnitude),
+        coding=chosen.coding,
+        gain=chosen.gain,
         nonzero=nonzero,
         zeros=0 if nonzero is None else nonzero.size - int(np.count_nonzero(nonzero)),
+        choice=choice,
     )
+
+
+def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, largest: Floats) -> Candidate:
+    """Return a coding with the gain of each output, whose weights reach from ``smallest`` to ``largest``."""
+    magnitude = np.maximum(largest, -smallest)
+    exact = layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max()))
+    return Candidate(coding=coding, gain=np.ones_like(magnitude) if exact else _gain(unit, layer, coding, magnitude))
 
 
 def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from rerampile.errors import ConfigError
 from rerampile.passes.allocate import partition_size
-from rerampile.passes.map import coding_for
+from rerampile.passes.map import plain_coding
 from rerampile.passes.pruning.constraint import BlockSparsity, Constraint, Floats, NOfM, Sparsity
 from rerampile.passes.pruning.values import Clusters, Combination, Levels, UnifiedMagnitudes
 from rerampile.pruning import PruneRequest
-from rerampile.schemes import Coding, known_scheme
+from rerampile.schemes import Coding, known_mapping
 from rerampile.target import Target
 
 __all__ = ["WHOLE", "constraint_of", "held_values", "inputs_of_pattern", "on_target"]
@@ -89,7 +89,8 @@ def on_target(request: PruneRequest, target: Target, mapping: str | None) -> Pru
     Raises:
         ConfigError: The target has no such values, or no such mapping is there.
     """
-    coding = coding_for(target, known_scheme(mapping or target.mapping))
+    known = known_mapping(mapping or target.mapping)
+    coding = plain_coding(target, "balanced" if known == "auto" else known)  # the values are those of any pair
     if request.structure == "partitions" or request.values.startswith("unified"):
         request = replace(request, partition=partition_size(target, coding))
     return replace(request, levels=held_values(target, coding)) if request.values == "levels" else request

@@ -21,12 +21,14 @@ __all__ = [
     "execution_options",
     "family",
     "fault_options",
+    "fault_rate_options",
     "metric_options",
     "optional_calibration_options",
     "seed_option",
 ]
 
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
+_OFF_ON = (1.0, 5.2)
 
 
 def family(
@@ -81,6 +83,19 @@ def _numbers(separator: str) -> Callable[..., Any]:
 
 # What chips suffer from.
 
+_KIND_OPTIONS = (
+    click.option(
+        "--off-on",
+        metavar="A:B",
+        default=":".join(f"{share:g}" for share in _OFF_ON),
+        show_default=True,
+        callback=_numbers(":"),
+        help="How the rate splits into stuck off and stuck on.",
+    ),
+    click.option("--stuck-off", type=float, metavar="P", help="Fraction stuck off, instead of a failure rate."),
+    click.option("--stuck-on", type=float, metavar="P", help="Fraction stuck on, instead of a failure rate."),
+)
+
 _FAULT_OPTIONS = (
     click.option(
         "--failure-rate",
@@ -89,16 +104,7 @@ _FAULT_OPTIONS = (
         callback=_numbers(","),
         help="Fractions of cells that are stuck.  [default: 0.001,0.005,0.01]",
     ),
-    click.option(
-        "--off-on",
-        metavar="A:B",
-        default="1:5.2",
-        show_default=True,
-        callback=_numbers(":"),
-        help="How the rate splits into stuck off and stuck on.",
-    ),
-    click.option("--stuck-off", type=float, metavar="P", help="Fraction stuck off, instead of a failure rate."),
-    click.option("--stuck-on", type=float, metavar="P", help="Fraction stuck on, instead of a failure rate."),
+    *_KIND_OPTIONS,
     click.option(
         "--rate-unit",
         type=click.Choice(["cell", "weight"]),
@@ -121,8 +127,8 @@ def _fault_models(
     off_on: tuple[float, ...],
     stuck_off: float | None,
     stuck_on: float | None,
-    rate_unit: Any,
-    distribution: Any,
+    rate_unit: Any = "cell",
+    distribution: Any = "independent",
 ) -> tuple[FaultModel, ...]:
     """Return a fault model for each asked rate."""
     from rerampile.runtime.faults import FaultModel
@@ -141,6 +147,25 @@ def _fault_models(
 
 fault_options = family(_FAULT_OPTIONS, "faults", _fault_models)
 """Gives a command ``faults``: a tuple with the fault model of each asked failure rate."""
+
+_RATE_OPTION = click.option(
+    "--failure-rate",
+    "rate",
+    metavar="F",
+    type=float,
+    help=f"Fraction of cells that is stuck, for mappings optimal and auto.  [default: {_DEFAULT_RATES[0]}]",
+)
+
+
+def _fault_rate(rate: float | None, **split: Any) -> FaultModel | None:
+    """Return the fault model of one rate, None where nothing was asked for: only then it need not be imported."""
+    if rate is None and split == {"off_on": _OFF_ON, "stuck_off": None, "stuck_on": None}:
+        return None
+    return _fault_models(None if rate is None else (rate,), **split)[0]
+
+
+fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rate)
+"""Gives a command ``faults``: the fault model of one failure rate of independent cells, or None for the default."""
 
 # What they are measured on.
 

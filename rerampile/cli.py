@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.chip_options import optional_calibration_options
-from rerampile.command import PATH, examples, json_option, print_json, read_ratios, scale_option, target_options
+from rerampile.chip_options import fault_rate_options, optional_calibration_options
+from rerampile.command import (
+    PATH,
+    examples,
+    json_option,
+    print_json,
+    read_ratios,
+    refuse_given,
+    scale_option,
+    target_options,
+)
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.interruption import cleaned_up, received_signal
@@ -33,11 +42,13 @@ if TYPE_CHECKING:
 
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
+    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["main"]
 
-# The same as rerampile.schemes.SCHEMES, which costs the import of numpy.
-_SCHEMES = ("two_column", "differential", "offset", "balanced")
+# The same as rerampile.schemes.MAPPINGS and WEIGHED, which cost the import of numpy.
+_MAPPINGS = ("two_column", "differential", "offset", "balanced", "optimal", "auto")
+_WEIGHED = ("optimal", "auto")
 
 _INTERNAL_ERROR = 70
 _BUG = (
@@ -158,6 +169,7 @@ def main() -> None:
         "rerampile compile model.onnx --prune 64=0.2,128=0.4,512=0.8 --pack",
         "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
+        "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
     ),
 )
 @click.argument("model", type=PATH)
@@ -170,8 +182,17 @@ def main() -> None:
 @target_options
 @click.option(
     "--mapping",
-    type=_NearChoice(_SCHEMES),
-    help="How a weight becomes cells.  [default: the target's]",
+    type=_NearChoice(_MAPPINGS),
+    help="How a weight becomes cells; auto: the best for each layer.  [default: the target's]",
+)
+@fault_rate_options
+@click.option(
+    "--current-weight",
+    metavar="X",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
 @click.option(
@@ -203,12 +224,17 @@ def main() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress lines.")
 @click.option("-v", "--verbose", is_flag=True, help="Also say what stays digital and why, and name the versions.")
 @json_option
+@click.pass_context
 def compile_(
+    ctx: click.Context,
+    /,
     model: Path,
     out: Path | None,
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
+    faults: FaultModel | None,
+    current_weight: float,
     scale: Literal["channel", "tensor"],
     prune: float | dict[str, float] | None,
     prune_method: str | None,
@@ -228,14 +254,18 @@ def compile_(
     MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
     """
     from rerampile.compiler import compile_model
-    from rerampile.pruner import remove_checkpoint
     from rerampile.target import Target
 
     if (prune_method is None) != (data["data"] is None):
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
-    out, hardware = out or Path(f"{model.stem}.deployment"), Target.load(target, settings)
+    out = out or Path(f"{model.stem}.deployment")
+    resolved = Target.load(target, settings)
+    weighed = (mapping or resolved.mapping) in _WEIGHED
+    if not weighed:
+        reason = f"no effect on mapping {mapping or resolved.mapping}; use it with {' or '.join(_WEIGHED)}"
+        refuse_given(ctx, ("rate", "off_on", "stuck_off", "stuck_on", "current_weight"), reason)
     if verbose:
         _say_versions()
     pruned = None if prune_method is None else _pruned(model, prune, prune_method, data, out, quiet)
@@ -243,8 +273,10 @@ def compile_(
         deployment = compile_model(
             pruned or model,
             out=out,
-            target=hardware,
+            target=resolved,
             mapping=mapping,
+            faults=faults if weighed else None,
+            current_weight=current_weight,
             scale=scale,
             prune=None if pruned else prune,
             masks=masks,
@@ -368,7 +400,9 @@ def verify(folder: Path, as_json: bool) -> None:
     type=PATH,
     help="Write the cells of that array, [rows, columns], spare ones included.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="List every array and every digital node.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="List every array and every digital node, and what schemes were weighed."
+)
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
     """Show the plan of a deployment, or one of its arrays."""
@@ -378,6 +412,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
+        from rerampile.show_mapping import show_choices
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -386,6 +421,8 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             print_json(plan_data(read))
         else:
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
+            if verbose:
+                show_choices(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

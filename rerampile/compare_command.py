@@ -106,7 +106,10 @@ def compare(
     check_drop(drop)
     place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
     if mappings is not None:
-        folders = _compiled(sources[0], mappings.split(","), place, target=target, settings=settings, scale=scale)
+        worst = max(faults, key=lambda model: model.rate)
+        folders = _compiled(
+            sources[0], mappings.split(","), place, worst, target=target, settings=settings, scale=scale
+        )
     experiments = [
         Experiment(folder=folder, faults=faults, seed=seed, **data, **metric, **execution) for folder in folders
     ]
@@ -140,19 +143,33 @@ def _distinct(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _compiled(
-    model: Path, mappings: list[str], place: Path, *, target: str, settings: dict[str, Any], scale: Any
+    model: Path,
+    mappings: list[str],
+    place: Path,
+    faults: FaultModel,
+    *,
+    target: str,
+    settings: dict[str, Any],
+    scale: Any,
 ) -> list[Path]:
-    """Compile a model with each mapping into the report's folder."""
+    """Compile a model with each mapping into the report's folder; those that depend on faults take the given ones."""
     from rerampile.compiler import compile_model
-    from rerampile.schemes import known_scheme
+    from rerampile.schemes import WEIGHED, known_mapping
     from rerampile.target import Target
 
-    names = [known_scheme(mapping.strip()) for mapping in mappings]
+    names = [known_mapping(mapping.strip()) for mapping in mappings]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise click.UsageError(f"--mappings {','.join(names)}: expected two or more different ones")
     resolved = Target.load(target, settings)
     with cleaned_up():
         return [
-            compile_model(model, out=place / f"{name}.deployment", target=resolved, mapping=name, scale=scale).folder
+            compile_model(
+                model,
+                out=place / f"{name}.deployment",
+                target=resolved,
+                mapping=name,
+                faults=faults if name in WEIGHED else None,
+                scale=scale,
+            ).folder
             for name in names
         ]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 
@@ -26,14 +26,19 @@ from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
 from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import known_scheme
+from rerampile.schemes import WEIGHED, MappingName, known_mapping
 from rerampile.target import Target
 from rerampile.unit import CompileOptions, Pass, Unit
+
+if TYPE_CHECKING:
+    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["PASSES", "Progress", "check_replaceable", "compile_model"]
 
 PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
 """Every pass of a compilation, in order."""
+
+_LEAST_RATE = 1e-9  # less is none, and overflows
 
 Progress = Callable[[int, int, str, float | None, Mapping[str, Any]], None]
 
@@ -44,6 +49,8 @@ def compile_model(
     out: str | os.PathLike[str],
     target: Target | str | os.PathLike[str] = "paper",
     mapping: str | None = None,
+    faults: FaultModel | None = None,
+    current_weight: float = 0.0,
     scale: Literal["tensor", "channel"] = "channel",
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
@@ -61,7 +68,9 @@ def compile_model(
         model: Path of an ONNX file, a model in memory, or what :func:`rerampile.pruner.prune_model` made of one.
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
-        mapping: One of :data:`rerampile.schemes.SCHEMES`; the target's own where None.
+        mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
+        faults: For ``optimal`` and ``auto``, how likely a cell is stuck; a failure rate of 0.001 where None.
+        current_weight: For the same, how much squared error, in full scales, a unit of read current is worth.
         scale: One full scale for each tensor, or for each output channel.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
@@ -81,8 +90,10 @@ def compile_model(
     """
     pruned = model if isinstance(model, PrunedModel) else None
     resolved = target if isinstance(target, Target) else Target.load(target)
+    known = known_mapping(mapping or resolved.mapping)
     options = CompileOptions(
-        mapping=known_scheme(mapping or resolved.mapping),
+        mapping=known,
+        **_weighing(known, faults, current_weight),
         scale=_known_scale(scale),
         prune=_ratios(prune),
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
@@ -293,6 +304,32 @@ def _move_into_place(folder: Path, out: Path) -> None:
         earlier.rename(out)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _weighing(mapping: MappingName, faults: FaultModel | None, current_weight: float) -> dict[str, float]:
+    """Return the options that weigh schemes, for mappings that depend on them.
+
+    Raises:
+        ConfigError: They are out of range, or the mapping does not depend on them.
+    """
+    if mapping not in WEIGHED:
+        if faults is None and not current_weight:
+            return {}
+        raise ConfigError(
+            f"mapping '{mapping}' is the same for all fault probabilities and current weights, expected none; leave "
+            f"them out, or use {' or '.join(WEIGHED)}"
+        )
+    from rerampile.runtime.faults import FaultModel  # brings half of scipy
+
+    faults = faults or FaultModel.of_rate(0.001)
+    if not _LEAST_RATE <= faults.rate <= 1 - _LEAST_RATE:
+        raise ConfigError(
+            f"mapping '{mapping}': {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where one "
+            f"scheme is better than another; give --failure-rate, or --stuck-off and --stuck-on"
+        )
+    if not 0 <= current_weight <= 1:
+        raise ConfigError(f"--current-weight {current_weight:g}: expected a number from 0 to 1")
+    return {"stuck_off": faults.stuck_off, "stuck_on": faults.stuck_on, "current_weight": float(current_weight)}
 
 
 def _known_scale(scale: str) -> Literal["tensor", "channel"]:

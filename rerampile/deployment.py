@@ -106,14 +106,19 @@ class Deployment:
         belong to the same layer they hold a zero weight: that row is driven while that column is read.
         """
         array = self.array_plan(array_id)
-        coding = layer_coding(self.target, self.plan.layers[array.partitions[0].layer])
+        codings = {p.layer: layer_coding(self.target, self.plan.layers[p.layer]) for p in array.partitions}
+        coding = codings[array.partitions[0].layer]  # cells of all layers are stored alike
         spare = coding.dtype.type(coding.low if coding.levels is None else 0)
         picture = np.full((self.target.rows, self.target.columns), spare, coding.dtype)
-        zero = np.array([coding.zero_cells[k, _cell(role)] for k in array.slices for role in array.roles])
-        spans = [(p, *footprint(p, len(zero))) for p in array.partitions]
+        zeros = {
+            number: np.array([coding.zero_cells[k, _cell(role)] for k in array.slices for role in array.roles])
+            for number, coding in codings.items()
+        }
+        spans = [(p, *footprint(p, len(zeros[p.layer]))) for p in array.partitions]
         for p, rows, _ in spans:
             for q, _, others in spans:
                 if p.layer == q.layer:
+                    zero = zeros[p.layer]
                     picture[rows, others] = np.tile(zero, (others.stop - others.start) // len(zero))
         for partition in array.partitions:
             self._program(picture, array, partition)
@@ -167,7 +172,17 @@ def _cell(role: str) -> int:
 
 
 def layer_coding(target: Target, layer: LayerPlan) -> Coding:
-    """Return the coding of a layer's weights, from the plan alone."""
+    """Return the coding of a layer's weights, from the plan alone.
+
+    Raises:
+        PlanFormatError: The common modes are not one for each slice of ``optimal``.
+    """
+    expected = layer.slices if layer.scheme == "optimal" else 0
+    if len(layer.common_modes or ()) != expected:
+        raise PlanFormatError(
+            f"layer '{layer.name}': {len(layer.common_modes or ())} common modes, expected {expected} for scheme "
+            f"{layer.scheme} in {layer.slices} slices; the plan was changed"
+        )
     return Coding(
         scheme=layer.scheme,
         g_off=target.cell.g_off,
@@ -175,6 +190,7 @@ def layer_coding(target: Target, layer: LayerPlan) -> Coding:
         levels=target.cell.levels,
         level_table=target.cell.level_table,
         slices=layer.slices,
+        common_modes=None if layer.common_modes is None else tuple(layer.common_modes),
     )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "FileRecord",
     "FoldPlan",
     "LayerPlan",
+    "MappingChoice",
     "MaskPlan",
     "ModelRecord",
     "OutputError",
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "Producer",
     "Region",
+    "SchemeEstimate",
     "Totals",
     "Use",
     "Verification",
@@ -200,6 +202,35 @@ class MaskPlan(_Record, kw_only=True, frozen=True):
     total: Count
 
 
+class SchemeEstimate(_Record, kw_only=True, frozen=True):
+    """What a layer would be like under one scheme, for the stuck probabilities of the options.
+
+    Attributes:
+        scheme: The scheme.
+        error: Expected squared error of the weights, summed up, over the sum of their squares. Counts the weights whose
+            output and whose input have a weight that is not zero.
+        pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens.
+        cost: ``error``, and ``current_weight`` times the conductance of pairs in the same measure.
+    """
+
+    scheme: Scheme
+    error: float
+    pair_conductance: float
+    cost: float
+
+
+class MappingChoice(_Record, kw_only=True, frozen=True):
+    """Why a layer has its scheme.
+
+    Attributes:
+        reason: The reason in words.
+        estimates: The schemes that can hold the layer, that of the layer among them.
+    """
+
+    reason: str
+    estimates: list[SchemeEstimate]
+
+
 class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells.
 
@@ -221,6 +252,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         slices: Slices of a weight.
         significances: Weight of each slice in a value, least significant first.
         reference: The constant that ``offset`` subtracts, in units of ``unit``; null for pairs.
+        common_modes: For ``optimal``, what the pair of cells of each slice lies around, where its difference leaves
+            room, in units of one cell (siemens, or codes of uniform levels); null for other schemes.
         zero_cells: What the cells of a zero weight hold, [slices][cells], as in the cells tensor.
         unit: What cell values are counted in: siemens, or steps between levels that are uniform in conductance.
         cells_tensor: Name of the cells in the conductance file, [slices, cells, groups * outputs, inputs].
@@ -230,6 +263,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         sparsity: Their share.
         decoded_sha256: Hash of the decoded weights, little-endian float32 [groups * outputs, inputs].
         mean_cell_conductance: Mean over the layer's cells that sit on arrays, siemens; 0 where none does.
+        choice: Why the layer has its scheme; null where the options name it, without regard to how likely cells are
+            stuck.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -252,6 +287,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     slices: Annotated[int, Meta(ge=1)]
     significances: list[float]
     reference: float | None
+    common_modes: list[float] | None = None
     zero_cells: list[list[int | float]]
     unit: Literal["S", "level"]
     cells_tensor: str
@@ -261,6 +297,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     sparsity: Fraction
     decoded_sha256: Sha256
     mean_cell_conductance: float
+    choice: MappingChoice | None = None
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []

@@ -114,6 +114,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         slices=coding.slices,
         significances=list(coding.significances),
         reference=coding.reference if coding.cells == 1 else None,
+        common_modes=None if coding.common_modes is None else list(coding.common_modes),
         zero_cells=coding.zero_cells.tolist(),
         unit=coding.unit,
         cells_tensor=f"{layer.name}.cells",
@@ -123,6 +124,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         sparsity=mapped.zeros / weights,
         decoded_sha256=NO_SHA256,  # verify decodes, and fills it in
         mean_cell_conductance=mean_conductance,
+        choice=mapped.choice,
         mask=None
         if mask is None
         else MaskPlan(

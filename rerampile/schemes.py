@@ -11,12 +11,18 @@ two_column     max(u, 0)                   max(-u, 0)                  (off, off
 differential   1 - max(-u, 0)              1 - max(u, 0)               (on, on)
 balanced       (1 + u) / 2                 (1 - u) / 2                 (mid, mid)
 offset         (1 + u) / 2                 none: reference 1/2         mid
+optimal        c + u / 2                   c - u / 2                   (c, c)
 =============  ==========================  ==========================  ==========
+
+The pairs are one family, ``(c + u/2, c - u/2)`` with the common mode ``c``: |u|/2 for two_column, 1 - |u|/2 for
+differential, 1/2 for balanced. ``optimal`` takes the one nearest to its aim, :attr:`Coding.common_modes`
+(:mod:`rerampile.common_mode`).
 
 Analog cells hold siemens. Discrete cells hold level codes; a weight may be sliced over several cells, least significant
 slice first, so that slice ``k`` counts ``levels**k``. With levels uniform in G all arithmetic is on integers: the
 difference ``P - N`` is rounded once, to a whole number of steps, and decodes exactly. With a measured level table each
-cell takes the nearest of the values that the table can form. A zero weight decodes to exactly zero in every scheme.
+cell takes the nearest of the values that the table can form; ``optimal`` then takes the pair nearest to its aims that
+any of the pair schemes, or its own common mode, comes to. A zero weight decodes to exactly zero in every scheme.
 """
 
 from __future__ import annotations
@@ -26,17 +32,32 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.common_mode import StepPairs, centre
 from rerampile.errors import ConfigError, did_you_mean
 
-__all__ = ["SCHEMES", "TABLE_LIMIT", "Coding", "Scheme", "known_scheme", "row_chunks"]
+__all__ = [
+    "MAPPINGS",
+    "SCHEMES",
+    "TABLE_LIMIT",
+    "WEIGHED",
+    "Coding",
+    "MappingName",
+    "Scheme",
+    "known_mapping",
+    "row_chunks",
+]
 
-Scheme = Literal["two_column", "differential", "offset", "balanced"]
-SCHEMES: tuple[Scheme, ...] = ("two_column", "differential", "offset", "balanced")
+Scheme = Literal["two_column", "differential", "offset", "balanced", "optimal"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+MappingName = Literal[Scheme, "auto"]
+MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
+WEIGHED = ("optimal", "auto")
+"""Mappings that depend on how likely cells are stuck."""
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -45,16 +66,16 @@ _CHUNK = 1 << 16  # weights handled at a time: a chunk and its temporaries stay 
 TABLE_LIMIT = 1 << 16  # values of a measured table that are listed and sorted
 
 
-def known_scheme(name: str) -> Scheme:
-    """Return the scheme of a name.
+def known_mapping(name: str) -> MappingName:
+    """Return the mapping of a name: a scheme, or ``auto``.
 
     Raises:
         ConfigError: There is none.
     """
-    for scheme in SCHEMES:
-        if scheme == name:
-            return scheme
-    raise ConfigError(f"mapping '{name}': no such scheme{did_you_mean(name, SCHEMES)}")
+    for mapping in MAPPINGS:
+        if mapping == name:
+            return mapping
+    raise ConfigError(f"mapping '{name}': no such scheme{did_you_mean(name, MAPPINGS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +89,8 @@ class Coding:
         levels: Number of discrete levels of a cell, or None for analog cells.
         level_table: Measured conductance of each level in siemens, ascending; None where levels are uniform in G.
         slices: Cells a weight is sliced over (times two for a pair); more than one needs discrete levels.
+        common_modes: For ``optimal``, what the pair of cells of each slice lies around, in siemens, or in level codes
+            where levels are uniform; may be outside the range of a cell. None for the other schemes.
     """
 
     scheme: Scheme
@@ -76,6 +99,12 @@ class Coding:
     levels: int | None = None
     level_table: tuple[float, ...] | None = None
     slices: int = 1
+    common_modes: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        expected = self.slices if self.scheme == "optimal" else 0
+        if len(self.common_modes or ()) != expected:
+            raise ValueError(f"{self.scheme}: common modes {self.common_modes}, expected {expected}")
 
     @property
     def cells(self) -> int:
@@ -259,6 +288,8 @@ class Coding:
             np.multiply(difference, np.float32(0.5), out=plus)
             np.negative(plus, out=minus)
             out += np.float32(self.reference)
+        elif self.common_modes is not None:
+            centre(difference, self.common_modes[0], off, on, out[0])
         else:
             np.add(difference, np.float32(self.reference), out=plus)
         np.clip(out, off, on, out=out)
@@ -266,9 +297,13 @@ class Coding:
     def _encode_levels(self, difference: Floats, out: Array) -> None:
         """Write the level codes of ``difference`` [rows, inputs] into ``out`` [slices, cells, rows, inputs]."""
         if self.integer:
-            numbers = self._split_steps(np.rint(difference).astype(np.int32))
+            steps = np.rint(difference).astype(np.int32)
+            if self.scheme == "optimal":
+                self._step_pairs.encode(np.clip(steps, -self.steps, self.steps), out)
+                return
+            numbers = self._split_steps(steps)
         else:
-            numbers = tuple(self._order[self._nearest(part)] for part in self._split_values(difference))
+            numbers = self._value_numbers(difference.astype(np.float64))
         levels = self.levels or 0
         for cell, rest in enumerate(numbers):
             for k in range(self.slices):
@@ -289,18 +324,49 @@ class Coding:
         plus = (n + d) // 2
         return plus, plus - d
 
-    def _split_values(self, difference: Floats) -> tuple[Array, ...]:
-        """Split differences in siemens into + and - targets, the second chosen against the first (measured table)."""
-        d = difference.astype(np.float64)
-        if self.scheme == "offset":
+    @cached_property
+    def _step_pairs(self) -> StepPairs:
+        return StepPairs(self.levels or 0, self.common_modes or ())
+
+    def _value_numbers(self, d: Array) -> tuple[Array, ...]:
+        """Return the combinations of levels that differences in siemens take (measured table), by their numbers."""
+        if self.scheme != "optimal":
+            return self._numbers(d, self.scheme)
+        pairs = [self._numbers(d, scheme) for scheme in SCHEMES if scheme != "offset"]
+        costs = self._combination_costs
+        best = np.argmin([costs[plus] + costs[minus] for plus, minus in pairs], axis=0)
+        return tuple(np.choose(best, cells) for cells in zip(*pairs, strict=True))
+
+    def _numbers(self, d: Array, scheme: Scheme) -> tuple[Array, ...]:
+        """Return the combinations of levels nearest to a scheme's targets, the second chosen against the first."""
+        return tuple(self._order[self._nearest(part)] for part in self._split_values(d, scheme))
+
+    def _split_values(self, d: Array, scheme: Scheme) -> tuple[Array, ...]:
+        """Split differences in siemens into + and - targets (measured table)."""
+        if scheme == "offset":
             return (d + self.reference,)
-        if self.scheme == "two_column":
+        if scheme == "two_column":
             return self.low + np.maximum(d, 0), self.low + np.maximum(-d, 0)
-        if self.scheme == "differential":
+        if scheme == "differential":
             return self.high + np.minimum(d, 0), self.high - np.maximum(d, 0)
-        small = self._values[self._nearest((self.low + self.high - np.abs(d)) / 2)]
+        middle = (self.low + self.high) / 2
+        if scheme == "optimal":
+            middle = sum(s * aim for s, aim in zip(self.significances, self.common_modes or (), strict=True))
+        lowest = np.clip(middle - np.abs(d) / 2, self.low, np.maximum(self.high - np.abs(d), self.low))
+        small = self._values[self._nearest(lowest)]
         large = small + np.abs(d)
         return np.where(d >= 0, large, small), np.where(d >= 0, small, large)
+
+    @cached_property
+    def _combination_costs(self) -> npt.NDArray[np.float64]:
+        """What a cell of each combination of levels costs beside one at its aims, but for a constant."""
+        table, levels = np.array(self.level_table, np.float32).astype(np.float64), self.levels or 0
+        numbers = np.arange(self.steps + 1)
+        costs = np.zeros(len(numbers))
+        for k, (s, aim) in enumerate(zip(self.significances, self.common_modes or (), strict=True)):
+            value = table[numbers // levels**k % levels]
+            costs += s**2 * (value**2 - 2 * aim * value)
+        return costs
 
     @cached_property
     def _combinations(self) -> npt.NDArray[np.float64]:

@@ -32,6 +32,7 @@ from rerampile.runtime.progressive import Hopeless, Measured, Rules, SearchStep,
 from rerampile.runtime.search_report import Outcome, SearchReport, beside
 from rerampile.runtime.session import open_session
 from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.schemes import WEIGHED
 from rerampile.target import Target
 
 __all__ = ["DEPLOYMENT", "UNFINISHED", "SearchRequest", "remove_unfinished", "search_model"]
@@ -237,7 +238,14 @@ class _Steps:
             if pruned
             else request.model
         )
-        return compile_model(source, out=out, target=request.target, mapping=request.mapping, scale=request.scale)
+        return compile_model(
+            source,
+            out=out,
+            target=request.target,
+            mapping=request.mapping,
+            faults=request.selection.faults[0] if self.mapping in WEIGHED else None,
+            scale=request.scale,
+        )
 
     def _run(self, ratios: Mapping[str, float], experiment: Experiment, runs: int) -> Measured:
         """Return what chips do, from the journal where they were run before."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rerampile.errors import CapacityError, ConfigError, did_you_mean
-from rerampile.schemes import SCHEMES, TABLE_LIMIT
+from rerampile.schemes import MAPPINGS, TABLE_LIMIT
 
 __all__ = [
     "PAIR_LAYOUTS",
@@ -227,7 +227,7 @@ class Target:
         source: Where the numbers come from.
         rows: Word lines of an array (inputs).
         columns: Bit lines of an array (outputs).
-        mapping: Default scheme, one of :data:`rerampile.schemes.SCHEMES`.
+        mapping: Default mapping, one of :data:`rerampile.schemes.MAPPINGS`.
         slices: Cells that one value is sliced over, least significant first; more than one needs discrete levels.
         pair_layout: ``adjacent``: the cells of a pair are neighbouring columns of one array. ``twin``: they are at the
             same place in two arrays.
@@ -356,7 +356,7 @@ _TARGET_CHECKS: dict[str, Check] = {
     "source": _text(0, 1000),
     "rows": _integer(1, 65536),
     "columns": _integer(1, 65536),
-    "mapping": _choice(SCHEMES),
+    "mapping": _choice(MAPPINGS),
     "slices": _integer(1, 24),
     "pair_layout": _choice(PAIR_LAYOUTS),
     **dict.fromkeys(_COUNTS, _integer(1, 2**20)),

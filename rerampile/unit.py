@@ -14,9 +14,9 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, Plan, Region
+from rerampile.plan import ArrayPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
-from rerampile.schemes import Coding, Scheme
+from rerampile.schemes import Coding, MappingName
 from rerampile.target import Target
 
 __all__ = ["CompileOptions", "MappedLayer", "Mask", "Pass", "Unit"]
@@ -27,7 +27,10 @@ class CompileOptions:
     """What the user asked for.
 
     Attributes:
-        mapping: One of :data:`rerampile.schemes.SCHEMES`.
+        mapping: One of :data:`rerampile.schemes.MAPPINGS`.
+        stuck_off: Probability that a cell is stuck off, for mappings that depend on it; None for the others.
+        stuck_on: Probability that a cell is stuck on, the same.
+        current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
         pruning: How the model was pruned from calibration images before; empty where it was not.
@@ -39,7 +42,10 @@ class CompileOptions:
         keep_stages: Whether to write what each pass produced.
     """
 
-    mapping: Scheme
+    mapping: MappingName
+    stuck_off: float | None = None
+    stuck_on: float | None = None
+    current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
     prune: Mapping[str, float] = field(default_factory=dict)
     pruning: Mapping[str, Any] = field(default_factory=dict)
@@ -73,12 +79,14 @@ class MappedLayer:
         gain: float32 [groups * outputs], weight units a unit of difference.
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
         zeros: Number of zero weights.
+        choice: Why the layer has its scheme, for mappings that weigh schemes.
     """
 
     coding: Coding
     gain: npt.NDArray[np.float32] = field(repr=False)
     nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
     zeros: int
+    choice: MappingChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

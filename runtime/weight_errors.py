@@ -1,9 +1,8 @@
 """What faults do to the weights of a layer on average: closed forms over its cells, from the plan alone.
 
-A cell of value ``g`` is stuck with probability ``p`` at a value of mean ``v`` and variance ``s``. Its error then has
-the mean ``p (v - g)`` and the variance ``p (1 - p) (v - g)^2 + p s``. Errors of cells add up to those of weights by
-sign, significance and gain, whatever the scheme: the two cells of a pair leave a mean of ``-p w``, and the one of
-``offset`` leaves ``-p w`` and the same shift for all weights of an output.
+Errors of cells (:class:`rerampile.stuck_cell.StuckCell`) add up to those of weights, whatever the scheme: the two cells
+of a pair leave a mean of ``-p w``, and the one of ``offset`` leaves ``-p w`` and the same shift for all weights of an
+output.
 
 The cells beside the blocks of an array hold zero weights, whose errors let inputs leak into other outputs. Each leak is
 as large on average as if its input fed an output of its own group, which is where it is counted.
@@ -14,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,60 +20,14 @@ import numpy.typing as npt
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ArrayPlan, Partition
 from rerampile.runtime.faults import FaultModel
-from rerampile.schemes import Coding, row_chunks
-from rerampile.target import Stuck, Target
+from rerampile.schemes import row_chunks
+from rerampile.stuck_cell import StuckCell
 
-__all__ = ["LayerErrors", "OffsetSums", "StuckCell"]
+__all__ = ["LayerErrors", "OffsetSums"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StuckCell:
-    """How one cell of a layer fails.
-
-    Attributes:
-        probability: That it is stuck.
-        mean: Mean of its value when stuck, in the unit of the layer.
-        variance: Variance of that value.
-        exclusive: Whether at most one cell of a weight is stuck; otherwise cells fail independently.
-    """
-
-    probability: float
-    mean: float
-    variance: float
-    exclusive: bool
-
-    @classmethod
-    def of(cls, model: FaultModel, target: Target, coding: Coding) -> StuckCell:
-        """Return how the cells of a layer fail under a fault model."""
-        by_weight = model.rate_unit == "weight"
-        shares = np.array([model.stuck_off, model.stuck_on]) / (model.rate or 1.0)
-        ends = [_moments(target.cell.stuck_off), _moments(target.cell.stuck_on)]
-        mean = float(shares @ [m for m, _ in ends])
-        variance = float(shares @ [v + (m - mean) ** 2 for m, v in ends])
-        zero, unit = 0.0, 1.0
-        if coding.integer:
-            zero, unit = coding.g_off, (coding.g_on - coding.g_off) / ((coding.levels or 0) - 1)
-        return cls(
-            probability=model.rate / (coding.cells * coding.slices if by_weight else 1),
-            mean=(mean - zero) / unit,
-            variance=variance / unit**2,
-            exclusive=by_weight,
-        )
-
-
-def _moments(stuck: Stuck) -> tuple[float, float]:
-    """Return mean and variance of a stuck conductance: normal, and 0 where that is negative."""
-    if not stuck.spread:
-        return stuck.mean, 0.0
-    z = stuck.mean / stuck.spread
-    below, density = 0.5 * math.erfc(z / math.sqrt(2)), math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    mean = stuck.mean * (1 - below) + stuck.spread * density
-    square = (stuck.mean**2 + stuck.spread**2) * (1 - below) + stuck.mean * stuck.spread * density
-    return mean, square - mean**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +76,17 @@ class LayerErrors:
 
     def stuck(self, model: FaultModel) -> StuckCell:
         """Return how one of the layer's cells fails."""
-        return StuckCell.of(model, self._deployment.target, self._coding)
+        return StuckCell.of(
+            self._deployment.target.cell,
+            self._coding,
+            stuck_off=model.stuck_off,
+            stuck_on=model.stuck_on,
+            by_weight=model.rate_unit == "weight",
+        )
 
     def shift(self, model: FaultModel) -> float:
         """Return what the mean error of each weight is beside ``-p w``, in units of the output's gain."""
-        if self._coding.cells == 2:
-            return 0.0
-        stuck = self.stuck(model)
-        return stuck.probability * (stuck.mean * sum(self._coding.significances) - self._coding.reference)
+        return self.stuck(model).shift(self._coding)
 
     def mean_weights(self, model: FaultModel) -> Floats:
         """Return each weight as it is on average, float32 [groups * outputs, inputs]; leaks have no part in it."""
@@ -166,8 +121,7 @@ class LayerErrors:
         cells, leaks = self._deployment.cells(layer), self._leaks(stuck)
         placed = self._placed.reshape(-1, layer.inputs)
         for rows in row_chunks((len(placed), layer.inputs)):
-            values = cells[:, :, rows] if coding.cell_values is None else coding.cell_values[cells[:, :, rows]]
-            part = _variance(coding, stuck, values, self._gain[rows, None])
+            part = stuck.variance_of(coding, cells[:, :, rows], self._gain[rows, None])
             part *= placed[rows]
             if leaks is not None:
                 part += leaks[rows]
@@ -181,8 +135,7 @@ class LayerErrors:
         if not shared:
             return None
         zero = self._coding.zero_cells[:, :, None, None]
-        zero = zero if self._coding.cell_values is None else self._coding.cell_values[zero]
-        each = _variance(self._coding, stuck, zero, self._gain[:, None]).reshape(layer.groups, layer.outputs)
+        each = stuck.variance_of(self._coding, zero, self._gain[:, None]).reshape(layer.groups, layer.outputs)
         leaks = np.zeros((layer.groups, layer.outputs, layer.inputs), np.float32)
         for partitions in shared:
             own = []
@@ -243,23 +196,6 @@ class LayerErrors:
             touched = np.flatnonzero(driven)
             mixing[np.ix_(touched, touched)] += np.outer(read[touched], driven[touched])
         return mixing
-
-
-def _variance(coding: Coding, stuck: StuckCell, values: npt.NDArray[Any], gain: Floats) -> Floats:
-    """Return the variance of weights whose cells are worth values [slices, cells, rows, inputs]."""
-    p = stuck.probability
-    total: Any = 0.0
-    mean: Any = 0.0
-    for significance, pair in zip(coding.significances, values, strict=True):
-        for sign, value in zip((1.0, -1.0), pair, strict=False):
-            factor = gain * np.float32(sign * significance)
-            error = factor * (np.float32(stuck.mean) - value)
-            if stuck.exclusive:
-                mean = mean + np.float32(p) * error
-            total = total + np.float32(p if stuck.exclusive else p * (1 - p)) * np.square(error)
-            total = total + np.square(factor) * np.float32(p) * np.float32(stuck.variance)
-    variance: Floats = np.asarray(total - np.square(mean), np.float32)
-    return variance
 
 
 def _places(partition: Partition) -> tuple[Integers, Integers, Integers]:

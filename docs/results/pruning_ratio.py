@@ -101,9 +101,9 @@ def page(found: dict[float, list[MetricReport]], options: argparse.Namespace) ->
     lines = [
         f"# {options.title}",
         "",
-        f"Mean accuracy of {options.runs} simulated chips at each pruning ratio, percent, with its 95 %",
-        f"interval, and the worst chip in brackets. Pruned without training from {options.images} training images; the same chips at all",
-        "ratios.",
+        f"Mean accuracy of {options.runs} simulated chips at each pruning ratio, percent, with its 95 % interval, and",
+        "the worst chip in brackets; the same chips at all ratios. Pruned without training from",
+        f"{options.images} training images.",
         "",
         f"![accuracy over pruning ratio]({options.name}.svg)",
         "",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rerampile import CapacityError, Deployment, Target, compile_model
 from rerampile.checks import check_placement
 from rerampile.plan import ArrayPlan, LayerPlan
+from rerampile.schemes import MAPPINGS
 from rerampile.target import Cell
 
 Array = npt.NDArray[Any]
@@ -47,7 +48,7 @@ def model_of(weights: list[Array]) -> onnx.ModelProto:
 
 @st.composite
 def sparse_weights(draw: st.DrawFn) -> list[Array]:
-    """A few layers, whole, with scattered zeros, with empty rows and columns, or with nothing left."""
+    """A few layers, whole, with scattered zeros, with empty rows and columns, with nothing left, or of ones alone."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     side = st.integers(1, 20)
     made = []
@@ -56,7 +57,7 @@ def sparse_weights(draw: st.DrawFn) -> list[Array]:
         shape = (draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 5))) if grouped else None
         weight = rng.uniform(0.1, 1, shape or (draw(side), draw(side))).astype(np.float32)
         weight *= rng.choice([-1, 1], weight.shape)
-        kind = draw(st.sampled_from(["whole", "scattered", "lines", "nothing"]))
+        kind = draw(st.sampled_from(["whole", "scattered", "lines", "nothing", "ones"]))
         if kind == "scattered":
             weight[rng.random(weight.shape) < draw(st.sampled_from([0.3, 0.9]))] = 0
         elif kind == "lines":
@@ -64,6 +65,8 @@ def sparse_weights(draw: st.DrawFn) -> list[Array]:
             weight[..., rng.random(weight.shape[-1]) < 0.5] = 0
         elif kind == "nothing":
             weight[:] = 0
+        elif kind == "ones":  # for which a single cell is best
+            weight[:] = 1
         made.append(weight)
     return made
 
@@ -82,7 +85,7 @@ def targets(draw: st.DrawFn) -> Target:
     )
 
 
-SCHEME = st.sampled_from(["two_column", "differential", "offset", "balanced"])
+MAPPING = st.sampled_from(MAPPINGS)
 
 
 def places(layer: LayerPlan, array: ArrayPlan, number: int) -> list[tuple[int, int, int, int]]:
@@ -176,6 +179,10 @@ def check_lines(deployment: Deployment, array: ArrayPlan, picture: Array) -> Non
 def zero_weight(deployment: Deployment, layer: LayerPlan) -> Array:
     """Cells [slices, cells] that are worth nothing, from the definition of the scheme."""
     levels, (off, on) = deployment.target.cell.levels, (np.float32(1e-6), np.float32(1e-4))
+    if layer.scheme == "optimal":
+        low, high = (off, on) if levels is None else (0, levels - 1)
+        aims = np.clip(layer.common_modes, low, high)
+        return np.repeat((aims.astype(np.float32) if levels is None else np.rint(aims))[:, None], 2, axis=1)
     if levels is None:
         middle = np.float32((float(off) + float(on)) / 2)
         return np.array([[{"two_column": off, "differential": on}.get(layer.scheme, middle)] * layer.cells])
@@ -185,11 +192,11 @@ def zero_weight(deployment: Deployment, layer: LayerPlan) -> Array:
 
 
 @settings(max_examples=80)
-@given(sparse_weights(), targets(), SCHEME, st.booleans())
-def test_every_weight_sits_in_one_place(weights: list[Array], target: Target, scheme: str, pack: bool) -> None:
+@given(sparse_weights(), targets(), MAPPING, st.booleans())
+def test_every_weight_sits_in_one_place(weights: list[Array], target: Target, mapping: str, pack: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         deployment = compile_model(
-            model_of(weights), out=f"{folder}/out", target=target, mapping=scheme, pack=pack, tolerance=1.0
+            model_of(weights), out=f"{folder}/out", target=target, mapping=mapping, pack=pack, tolerance=1.0
         )
         check_placement(deployment)
         read_back(deployment)

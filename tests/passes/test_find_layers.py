@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rerampile import Deployment, ModelError, UnsupportedModelError, compile_model, verify_deployment
+from rerampile.schemes import SCHEMES
 
 Compile = Callable[..., Deployment]
 Weight = Callable[..., np.ndarray]
@@ -157,7 +158,7 @@ def test_float_forms_map(case: str, compile_text: Compile, weight: Weight) -> No
     assert max(o.relative_error for o in deployment.plan.verification.outputs) < 1e-5
 
 
-@pytest.mark.parametrize("scheme", ["two_column", "differential", "offset", "balanced"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_runs(
     scheme: str, small_model: onnx.ModelProto, tmp_path: Path, discrete_target: Callable[..., Any]
 ) -> None:

@@ -23,13 +23,14 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from rerampile import cli
 from rerampile.cli import main
 from rerampile.compiler import PASSES
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import InternalError, PlanFormatError
 from rerampile.passes.map import Map
 from rerampile.plan import read_plan
-from rerampile.schemes import SCHEMES
+from rerampile.schemes import MAPPINGS, SCHEMES, WEIGHED
 from rerampile.show import printable, show_array
 from rerampile.target import preset_names, preset_text
 from rerampile.tensor_file import TensorFile
@@ -447,7 +448,24 @@ def test_an_inconsistent_plan_is_an_error_not_a_bug(folder: Path) -> None:
             ["compile", "m.onnx", "--mapping", "diferential"],
             "'diferential' is not one of them (did you mean differential?)",
         ),
-        (["compile", "m.onnx", "--mapping", "zzz"], "(known: balanced, differential, offset, two_column)"),
+        (["compile", "m.onnx", "--mapping", "z"], "(known: auto, balanced, differential, offset, optimal, two_column)"),
+        (
+            ["compile", "m.onnx", "--failure-rate", "0.01"],
+            "--failure-rate: no effect on mapping differential; use it with optimal or auto",
+        ),
+        (
+            ["compile", "m.onnx", "--target", "neurram", "--off-on", "1:1"],
+            "--off-on: no effect on mapping two_column; use it with optimal or auto",
+        ),
+        (
+            ["compile", "m.onnx", "--mapping", "offset", "--current-weight", "0.1"],
+            "--current-weight: no effect on mapping offset",
+        ),
+        (
+            ["compile", "m.onnx", "--mapping", "auto", "--failure-rate", "0.1", "--stuck-on", "0.1"],
+            "--failure-rate and --stuck-off or --stuck-on: expected one of the two ways",
+        ),
+        (["compile", "m.onnx", "--mapping", "auto", "--failure-rate", "1,2"], "'1,2' is not a valid float"),
         (["compile", "m.onnx", "--prune", "lots"], "'lots': expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--prune", "64=0.2,128"], "expected a ratio like 0.6, or pairs"),
         (["compile", "m.onnx", "--set", "rows"], "'rows': expected KEY=VALUE"),
@@ -681,6 +699,22 @@ def test_help_ends_with_examples_that_parse(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_show_tells_what_was_weighed(small_model_file: Path, tmp_path: Path) -> None:
+    options = ["--mapping", "auto", "--failure-rate", "0.01", "--off-on", "1:3", "--current-weight", "0.0001"]
+    call("compile", small_model_file, "-o", tmp_path / "out", *options, "-q")
+    plan = load_deployment(tmp_path / "out").plan
+    assert [plan.options[key] for key in ("stuck_off", "stuck_on", "current_weight")] == [0.0025, 0.0075, 0.0001]
+    shown = call("show", tmp_path / "out", "-v").stdout
+    assert "times that of the layer's own scheme" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    for layer in plan.layers:
+        (row,) = (row for row in rows if len(row) == 7 and row[:2] == [layer.name, layer.scheme])
+        assert row[2:][SCHEMES.index(layer.scheme)] == "1"
+    assert "own scheme" not in call("show", tmp_path / "out").stdout
+    call("compile", small_model_file, "-o", tmp_path / "plain", "-q")
+    assert "own scheme" not in call("show", tmp_path / "plain", "-v").stdout
+
+
 def test_every_option_is_explained() -> None:
     for name, command in main.commands.items():
         for option in command.params:
@@ -690,7 +724,8 @@ def test_every_option_is_explained() -> None:
 def test_the_mappings_on_offer_are_those_there_are() -> None:
     (mapping,) = (option for option in main.commands["compile"].params if option.name == "mapping")
     assert isinstance(mapping.type, click.Choice)
-    assert tuple(mapping.type.choices) == SCHEMES
+    assert tuple(mapping.type.choices) == MAPPINGS
+    assert cli._WEIGHED == WEIGHED
 
 
 def test_no_help_loads_anything_heavy() -> None:

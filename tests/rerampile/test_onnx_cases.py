@@ -98,7 +98,7 @@ def test_the_deployed_case_gives_what_onnx_publishes(
 
 
 @pytest.mark.parametrize("target", ["isaac", "neurram", "hermes"])
-@pytest.mark.parametrize("mapping", ["two_column", "differential", "balanced", "offset"])
+@pytest.mark.parametrize("mapping", ["two_column", "differential", "balanced", "offset", "auto"])
 def test_every_operator_verifies_in_every_mapping(target: str, mapping: str, tmp_path: Path) -> None:
     seen: set[str] = set()
     for case in CASES:

@@ -214,6 +214,14 @@ MISPLACED: dict[str, tuple[Change, str]] = {
     "unit": (set_to("layers", 0, "unit", value="S"), "unit S, expected level, as scheme differential and the target"),
     "zero cells": (set_to("layers", 0, "zero_cells", value=[[0, 0]] * 2), "zero_cells [[0, 0], [0, 0]], expected [[3"),
     "reference": (set_to("layers", 0, "reference", value=5.0), "reference 5.0, expected None, as scheme differential"),
+    "common modes": (
+        set_to("layers", 0, "common_modes", value=[1.0, 1.0]),
+        "layer 'conv_weight': 2 common modes, expected 0 for scheme differential in 2 slices; the plan was changed",
+    ),
+    "no common modes": (
+        set_to("layers", 0, "scheme", value="optimal"),
+        "layer 'conv_weight': 0 common modes, expected 2 for scheme optimal in 2 slices",
+    ),
     "cells of a weight": (set_to("layers", 0, "cells", value=1), "$.arrays[0]: roles ['plus', 'minus'] and slices"),
     "tensor": (set_to("layers", 0, "cells_tensor", value="x"), "no tensor 'x'; it belongs to another plan"),
     "another layer's tensor": (set_to("layers", 0, "cells_tensor", value="fc_weight.cells"), "fc_weight.cells': uint8"),

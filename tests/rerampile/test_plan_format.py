@@ -18,6 +18,7 @@ import pytest
 import rerampile
 from rerampile.matrix_view import MatrixView
 from rerampile.plan_schema import plan_schema
+from rerampile.schemes import MAPPINGS
 
 REMEDY = "regenerate it with: python docs/plan_format.py"
 
@@ -85,7 +86,7 @@ def test_the_example_by_hand_is_what_is_compiled(page: str, example: Path) -> No
     np.testing.assert_allclose(array, np.array(rows, float) * 1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mapping", ["two_column", "differential", "offset", "balanced"])
+@pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("prune_and_pack", [False, True])
 def test_the_reader_reads_what_was_written(

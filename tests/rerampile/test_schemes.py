@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,21 @@ WEIGHTS = st.one_of(
 )
 
 
+def aims(ends: tuple[float, float], steps: int | None, slices: int) -> st.SearchStrategy[tuple[float, ...]]:
+    """Common modes inside and outside the range of a cell: siemens, or codes up to ``steps``."""
+    low, high = ends if steps is None else (0, steps)
+    inside = st.floats(-0.5, 1.5) | st.sampled_from([-1e12, 0.5, 1e12])
+    return st.lists(inside.map(lambda x: low + x * (high - low)), min_size=slices, max_size=slices).map(tuple)
+
+
 @st.composite
 def codings(draw: st.DrawFn) -> Coding:
     scheme = draw(st.sampled_from(SCHEMES))
     kind = draw(st.sampled_from(["analog", "uniform", "table"]))
     if kind == "analog":
         g_off, g_on = draw(st.sampled_from([(G_OFF, G_ON), (0.0, 1e-3), (9e-5, 1e-4), (1e-9, 5.0)]))
-        return Coding(scheme=scheme, g_off=g_off, g_on=g_on)
+        common_modes = draw(aims((g_off, g_on), None, 1)) if scheme == "optimal" else None
+        return Coding(scheme=scheme, g_off=g_off, g_on=g_on, common_modes=common_modes)
     levels = draw(st.integers(2, 9) | st.sampled_from([16, 255, 256, 257]))
     slices = draw(st.integers(1, 3 if levels < 16 else 1))
     table = None
@@ -41,9 +50,24 @@ def codings(draw: st.DrawFn) -> Coding:
         edges = np.concatenate([[0.0], np.cumsum(steps) / np.sum(steps)])
         table = tuple(float(g) for g in G_OFF + (G_ON - G_OFF) * edges)
     ends = (G_OFF, G_ON) if table is None else (table[0], table[-1])
-    coding = Coding(scheme=scheme, g_off=ends[0], g_on=ends[1], levels=levels, level_table=table, slices=slices)
+    coding = Coding(
+        scheme=scheme,
+        g_off=ends[0],
+        g_on=ends[1],
+        levels=levels,
+        level_table=table,
+        slices=slices,
+        common_modes=draw(aims(ends, levels - 1 if table is None else None, slices)) if scheme == "optimal" else None,
+    )
     assume(coding.span > 0)  # one cell of two levels holds no offset; the compiler refuses it
     return coding
+
+
+def coding_of(scheme: str, slices: int = 1, aim: float = 0.8, **keys: Any) -> Coding:
+    """A coding between G_OFF and G_ON; for ``optimal`` the pairs of every slice lie around ``aim`` of the range."""
+    low, high = (0, keys["levels"] - 1) if "levels" in keys else (G_OFF, G_ON)
+    common_modes = (low + aim * (high - low),) * slices if scheme == "optimal" else None
+    return Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON, slices=slices, common_modes=common_modes, **keys)
 
 
 def gain_of(coding: Coding, weights: npt.NDArray[np.float32], by_channel: bool) -> npt.NDArray[np.float32]:
@@ -87,13 +111,15 @@ def test_what_cells_hold_is_held_exactly(coding: Coding, weights: npt.NDArray[np
     hnp.arrays(np.float32, SHAPES, elements=st.floats(-1, 1, width=32)),
 )
 def test_analog_cells_follow_the_published_equations(scheme: str, u: npt.NDArray[np.float32]) -> None:
-    """Yuan et al. 2021: the normalised conductance of each cell, from the normalised weight."""
-    coding = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON)
+    """Yuan et al. 2021, and the pairs between theirs: the conductance of each cell, from the weight, normalised."""
+    coding = coding_of(scheme)
+    common = np.clip(0.8, np.abs(u) / 2, 1 - np.abs(u) / 2)
     equations = {
         "two_column": (np.maximum(u, 0), np.maximum(-u, 0)),
         "differential": (1 - np.maximum(-u, 0), 1 - np.maximum(u, 0)),
         "balanced": ((1 + u) / 2, (1 - u) / 2),
         "offset": ((1 + u) / 2,),
+        "optimal": (common + u / 2, common - u / 2),
     }
 
     cells = coding.encode(u, coding.gain(np.ones(len(u))))
@@ -107,7 +133,7 @@ def test_analog_cells_follow_the_published_equations(scheme: str, u: npt.NDArray
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_uniform_levels_take_the_nearest_step(scheme: str, levels: int) -> None:
     """One weight for each half step: the codes are those of the equations, halves going to the even difference."""
-    coding = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON, levels=levels)
+    coding = coding_of(scheme, levels=levels)
     n = levels - 1
     reach = n // 2 if scheme == "offset" else n  # offset's zero sits at step (n + 1) // 2
     steps = np.round(np.linspace(-reach, reach, 4 * reach + 1))[None, :].astype(int)
@@ -115,16 +141,18 @@ def test_uniform_levels_take_the_nearest_step(scheme: str, levels: int) -> None:
 
     cells = coding.encode(np.linspace(-reach, reach, 4 * reach + 1, dtype=np.float32)[None, :], np.ones(1, np.float32))
 
+    lower = np.clip(np.rint(0.8 * n - np.abs(steps) / 2), 0, n - np.abs(steps)).astype(int)
     expected = {
         "two_column": [np.maximum(steps, 0), np.maximum(-steps, 0)],
         "differential": [n - np.maximum(-steps, 0), n - np.maximum(steps, 0)],
         "balanced": [(n + steps) // 2, (n + steps) // 2 - steps],
         "offset": [steps + zero],
+        "optimal": [lower + np.maximum(steps, 0), lower + np.maximum(-steps, 0)],
     }
     np.testing.assert_array_equal(cells[0], expected[scheme])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "optimal"])
 def test_slices_are_digits_least_significant_first(scheme: str) -> None:
     sliced = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON, levels=4, slices=3)
     whole = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON, levels=64)
@@ -179,7 +207,7 @@ def test_conductance_spans_the_cell(coding: Coding) -> None:
 @given(st.sampled_from(SCHEMES), st.integers(2, 16), st.integers(1, 3), st.integers(-300, 300), st.integers(-300, 300))
 def test_holds_integers(scheme: str, levels: int, slices: int, a: int, b: int) -> None:
     """It says yes exactly where a gain of one gives every whole number back."""
-    coding = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON, levels=levels, slices=slices)
+    coding = coding_of(scheme, slices, levels=levels)
     weights, one = np.array([[a, b]], np.float32), np.ones(1, np.float32)
     exact = np.array_equal(coding.decode(coding.encode(weights, one), one), weights)
     assert coding.holds_integers(min(a, b), max(a, b)) == exact
@@ -193,7 +221,7 @@ def test_only_uniform_levels_hold_integers() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_sided_weights_use_the_whole_range(scheme: str) -> None:
-    coding = Coding(scheme=scheme, g_off=G_OFF, g_on=G_ON)
+    coding = coding_of(scheme)
     cells = coding.encode(np.array([[0.25, 1.0]], np.float32), coding.gain(np.ones(1)))[0]
     np.testing.assert_allclose(cells[:, 0, 1], [G_ON, G_OFF][: coding.cells], rtol=1e-6)
 
@@ -211,6 +239,13 @@ def test_more_weights_than_one_chunk() -> None:
 def test_analog_cells_have_no_steps() -> None:
     with pytest.raises(ValueError, match="analog cells have no steps"):
         Coding(scheme="offset", g_off=0, g_on=1).steps  # noqa: B018 (reading it is the test)
+
+
+def test_common_modes_are_for_optimal_alone() -> None:
+    with pytest.raises(ValueError, match=r"optimal: common modes \(0.5,\), expected 2"):
+        Coding(scheme="optimal", g_off=0, g_on=1, levels=2, slices=2, common_modes=(0.5,))
+    with pytest.raises(ValueError, match=r"balanced: common modes \(0.5,\), expected 0"):
+        Coding(scheme="balanced", g_off=0, g_on=1, common_modes=(0.5,))
 
 
 def test_too_many_measured_combinations() -> None:

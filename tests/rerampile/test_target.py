@@ -196,7 +196,7 @@ def test_targets_are_immutable_values() -> None:
         ({"columns": "unlimited"}, "columns: expected an integer from 1 to 65536, got 'unlimited'"),
         (
             {"mapping": "diferential"},
-            "mapping: expected one of two_column, differential, offset, balanced, got 'diferential'",
+            "mapping: expected one of two_column, differential, offset, balanced, optimal, auto, got 'diferential'",
         ),
         ({"pair_layout": ["twin"]}, "pair_layout: expected one of adjacent, twin, got ['twin']"),
         ({"chips": "many"}, "chips: expected an integer from 1 to 1048576 or \"unlimited\", got 'many'"),

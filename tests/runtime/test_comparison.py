@@ -13,7 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from rerampile import ConfigError, compile_model
+from rerampile import ConfigError, compile_model, load_deployment
 from rerampile.cli import main
 from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
@@ -114,12 +114,14 @@ def test_the_report_shows_all_of_them(validations: list[ValidationReport], tmp_p
 
 def test_one_model_with_several_mappings(model_file: Path, tmp_path: Path) -> None:
     arguments = [model_file, "--runs", 3, "--images", 8, "--failure-rate", "0.05,0.2", "-o", tmp_path / "out", "-q"]
-    done = run(*arguments, "--mappings", "two_column,differential", "--scale", "tensor", "--json")
+    done = run(*arguments, "--mappings", "two_column,optimal", "--scale", "tensor", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert [v["mapping"] for v in found["validations"]] == ["two_column", "differential"]
+    assert [v["mapping"] for v in found["validations"]] == ["two_column", "optimal"]
+    asked = load_deployment(tmp_path / "out" / "optimal.deployment").plan.options
+    assert asked["stuck_off"] + asked["stuck_on"] == pytest.approx(0.2)  # the highest of the rates that are compared
     assert {v["scale"] for v in found["validations"]} == {"tensor"}
-    again = run(*arguments, "--mappings", "two_column,differential", "--scale", "tensor")
+    again = run(*arguments, "--mappings", "two_column,optimal", "--scale", "tensor")
     assert "drop of top1_agreement" in again.stdout
     assert "at a drop of 1" in again.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found

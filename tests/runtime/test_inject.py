@@ -298,8 +298,9 @@ def test_moments_are_those_of_the_closed_forms(scheme: str, outside: bool, tmp_p
     w[np.abs(w) < 0.1] = 0
     w[:, 0] += np.float32(1e-3)
     w = np.clip(w, -1, 1)
-    deployment = dense(w, tmp_path / "out", target=target, mapping=scheme, scale="tensor")
     p0, p1 = 0.03, 0.07
+    options = {"faults": FaultModel(stuck_off=p0, stuck_on=p1)} if scheme == "optimal" else {}
+    deployment = dense(w, tmp_path / "out", target=target, mapping=scheme, scale="tensor", **options)
     p = p0 + p1
     (v0, s0), (v1, s1) = ((-0.04, 0.01), (1.5, 0.2)) if outside else ((0, 0), (1, 0))
     mean = (p0 * v0 + p1 * v1) / p
@@ -309,7 +310,13 @@ def test_moments_are_those_of_the_closed_forms(scheme: str, outside: bool, tmp_p
         error = p * (2 * mean - 1 - u)
         square = p * (4 * variance + (2 * mean - 1 - u) ** 2)
     else:
-        c = {"two_column": np.abs(u) / 2, "differential": 1 - np.abs(u) / 2, "balanced": np.full_like(u, 0.5)}[scheme]
+        half = np.abs(u) / 2
+        c = {
+            "two_column": half,
+            "differential": 1 - half,
+            "balanced": np.full_like(u, 0.5),
+            "optimal": np.clip(mean, half, 1 - half),
+        }[scheme]
         error = -p * u
         square = 2 * p * (1 - p) * (c - mean) ** 2 + 2 * p * variance + p * (1 + p) * u**2 / 2
 

@@ -131,7 +131,7 @@ def nsr_of(prediction: RatePrediction, deployment: Deployment) -> NDArray[np.flo
     return np.array([by_name[layer.name] for layer in deployment.plan.layers])
 
 
-QUICK = dict(zip(SCHEMES, ("levels", "analog", "stuck outside", "table"), strict=True))
+QUICK = dict(zip(SCHEMES, ("levels", "analog", "stuck outside", "table", "levels"), strict=True))
 PAIRINGS = [
     pytest.param(scheme, kind, marks=() if QUICK[scheme] == kind else pytest.mark.slow)
     for scheme in SCHEMES
