@@ -24,7 +24,7 @@ def chips_progress(quiet: bool, label: str = "chips") -> Iterator[Callable[[int,
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from rerampile.show import printable
+    from rerampile.terminal import printable
 
     columns = (
         TextColumn("{task.fields[label]}", markup=False),

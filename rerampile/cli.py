@@ -87,7 +87,7 @@ class _Commands(click.Group):
 
 def _stop(line: str, exit_code: int = 1) -> NoReturn:
     """End the program with a line on stderr."""
-    from rerampile.show import printable
+    from rerampile.terminal import printable
 
     click.echo(printable(line), err=True)
     raise click.exceptions.Exit(exit_code)
@@ -303,7 +303,8 @@ def compile_(
             }
         )
         return
-    from rerampile.show import console, show_summary
+    from rerampile.show import show_summary
+    from rerampile.terminal import console
 
     show_summary(console(), deployment, verbose)
 
@@ -344,7 +345,8 @@ def inspect(model: Path, verbose: bool, as_json: bool) -> None:
     from rerampile.graph import ModelGraph
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
-    from rerampile.show import console, model_data, show_model
+    from rerampile.show import model_data, show_model
+    from rerampile.terminal import console
 
     loaded = load_model_file(model)
     graph = ModelGraph(loaded)
@@ -367,7 +369,8 @@ def verify(folder: Path, as_json: bool) -> None:
     """
     from rerampile.deployment import load_deployment
     from rerampile.runtime.verify import verify_deployment
-    from rerampile.show import console, show_verification
+    from rerampile.show import show_verification
+    from rerampile.terminal import console
 
     found = verify_deployment(folder)
     deployment = load_deployment(folder)
@@ -406,7 +409,8 @@ def verify(folder: Path, as_json: bool) -> None:
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
     """Show the plan of a deployment, or one of its arrays."""
-    from rerampile.show import array_data, console, plan_data, show_array, show_plan
+    from rerampile.show import array_data, plan_data, show_array, show_plan
+    from rerampile.terminal import console
 
     if array_id is None:
         if npy is not None:
@@ -476,7 +480,8 @@ def targets(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([target.to_dict() for target in presets])
         return
-    from rerampile.show import console, show_targets
+    from rerampile.show import show_targets
+    from rerampile.terminal import console
 
     show_targets(console(), presets)
 

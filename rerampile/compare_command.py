@@ -125,8 +125,8 @@ def compare(
     if as_json:
         print_json(msgspec.to_builtins(report))
         return
-    from rerampile.show import console
     from rerampile.show_validation import show_comparison
+    from rerampile.terminal import console
 
     show_comparison(console(), report, place / "report.html")
 

@@ -66,8 +66,8 @@ def predict(
     if as_json:
         print_json(msgspec.to_builtins(found))
         return
-    from rerampile.show import console
     from rerampile.show_prediction import show_prediction
+    from rerampile.terminal import console
 
     show_prediction(console(), found, verbose, out)
 

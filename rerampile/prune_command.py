@@ -124,8 +124,8 @@ def prune(
     if as_json:
         print_json(record)
     else:
-        from rerampile.show import console
         from rerampile.show_pruning import show_pruning
+        from rerampile.terminal import console
 
         show_pruning(console(), pruned, place / _MODEL)
 
@@ -233,6 +233,6 @@ def _layers_progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | 
         if name:
             click.echo(f"[{done + 1}/{count}] {printable(name)} … ", nl=False, err=True)
 
-    from rerampile.show import printable
+    from rerampile.terminal import printable
 
     yield report

@@ -168,8 +168,8 @@ def search(
     if as_json:
         print_json(msgspec.to_builtins(found))
         return
-    from rerampile.show import console
     from rerampile.show_search import show_search
+    from rerampile.terminal import console
 
     show_search(console(), found, place)
 

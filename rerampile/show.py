@@ -1,44 +1,31 @@
-"""What the commands show: tables for people, plain data for machines.
-
-Names come from models that may be hostile, so whatever is not printable is escaped before it reaches a terminal.
-Tables are as wide as the terminal, or as wide as their content where the output goes elsewhere: a pipe loses nothing.
-"""
+"""What the commands show: tables for people, plain data for machines."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
-from rich import box
-from rich.color import Color
-from rich.console import Console, Group, RenderableType
-from rich.style import Style
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rerampile.cell_picture import cell_picture
 from rerampile.deployment import Deployment, layer_coding, partition_blocks
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
 from rerampile.target import Target
+from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
 
 __all__ = [
     "array_data",
-    "console",
-    "facts_table",
     "model_data",
-    "new_table",
     "plan_data",
-    "print_parts",
-    "printable",
     "show_array",
     "show_model",
     "show_plan",
@@ -48,60 +35,10 @@ __all__ = [
 ]
 
 _WIDE = 110  # columns of a terminal from which on the less important columns of a table are shown
-_PIPE_WIDTH = 1000
-
-Justify = Literal["left", "right"]
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with control characters, line breaks and the like written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-def console() -> Console:
-    """Return a console on stdout that takes text as it is: no markup, no emoji, no guessed colours."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=None if known else _PIPE_WIDTH)
-
-
-# Tables.
-
-
-def new_table(*columns: tuple[str, Justify]) -> Table:
-    """Return an empty table; only left-justified columns may be folded when the terminal is narrow."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold", header_style="bold")
-    return table
-
-
-def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
-    """Return rows of a word and what there is to say about it."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for word, text in rows:
-        grid.add_row(word, text)
-    return grid
-
-
-def print_parts(out: Console, *parts: RenderableType | None) -> None:
-    """Print the parts that there are, a blank line between them."""
-    for number, part in enumerate(part for part in parts if part is not None):
-        if number:
-            out.print()
-        out.print(part)
 
 
 def _matrix(groups: int, outputs: int, inputs: int) -> str:
     return f"{outputs} × {inputs}" if groups == 1 else f"{groups} × ({outputs} × {inputs})"
-
-
-def _siemens(value: float) -> str:
-    for factor, unit in ((1.0, "S"), (1e3, "mS"), (1e6, "µS"), (1e9, "nS")):
-        if value * factor >= 0.9995:
-            return f"{value * factor:.4g} {unit}"
-    return f"{value * 1e12:.4g} pS" if value else "0 S"
 
 
 def _size(count: int) -> str:
@@ -279,7 +216,7 @@ def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
             *([layer.scheme] if mixed else []),
             f"{layer.sparsity:.1%}" if layer.zeros else "",
             printable(_listed(ops)) if wide else str(len(ops) or ""),
-            *([_siemens(layer.mean_cell_conductance)] if wide else []),
+            *([siemens_text(layer.mean_cell_conductance)] if wide else []),
             *(f"{len(ids):,}", _ranges(ids)),
         )
     arrays = _arrays(plan) if verbose else None
@@ -297,7 +234,7 @@ def show_summary(out: Console, deployment: Deployment, verbose: bool) -> None:
 def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     totals, cell = plan.totals, target.cell
     kind = "analog cells" if target.analog else f"cells of {cell.levels} levels"
-    grid = f"{target.rows} × {target.columns} {kind}, {_siemens(cell.g_off)} to {_siemens(cell.g_on)}"
+    grid = f"{target.rows} × {target.columns} {kind}, {siemens_text(cell.g_off)} to {siemens_text(cell.g_on)}"
     schemes = ", ".join(dict.fromkeys(layer.scheme for layer in plan.layers))
     scales = " or ".join(dict.fromkeys(layer.scale for layer in plan.layers))
     folds = sum(len(layer.folds) for layer in plan.layers)
@@ -309,7 +246,7 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     yield "target", f"{printable(target.name)}: arrays of {grid}"
     yield (
         "mapping",
-        f"{schemes}, one scale a {scales}; a pair conducts {_siemens(totals.mean_pair_conductance)} on average",
+        f"{schemes}, one scale a {scales}; a pair conducts {siemens_text(totals.mean_pair_conductance)} on average",
     )
     yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
     yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
@@ -418,7 +355,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             _ranges(partition.output_indices),
         )
     siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)
-    extremes = f"{_siemens(siemens[used].min())} to {_siemens(siemens[used].max())}"
+    extremes = f"{siemens_text(siemens[used].min())} to {siemens_text(siemens[used].max())}"
     if not target.analog:
         extremes = f"levels {cells[used].min()} to {cells[used].max()}, {extremes}"
     address = f"chip {array.chip}, tile {array.tile}, core {array.core}, array {array.array}"
@@ -428,87 +365,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
         ("cells", f"{size}, {_roles(array)}; {used.mean():.1%} used{'' if used.all() else ', the others spare'}"),
         ("range", extremes),
     ]
-    print_parts(out, table, _picture(out, siemens, used), facts_table(facts))
-
-
-_SHADES, _ASCII_SHADES = "░▒▓█", ".:*#"
-# From low to high, readable in the dark, in print, and to the colour-blind; spare cells are darker than any.
-_RAMP = np.array([(40, 40, 120), (50, 90, 140), (30, 145, 140), (95, 200, 95), (250, 230, 40)], np.float64)
-_SPARE = (24, 24, 24)
-
-
-def _picture(out: Console, siemens: npt.NDArray[np.float32], used: npt.NDArray[np.bool_]) -> Group:
-    """Return the mean conductance of square patches of cells, in colour or in shades; spare cells are dark or blank.
-
-    Args:
-        out: Where it will be printed.
-        siemens: Conductance of each cell, [rows, columns].
-        used: Which cells belong to a partition, [rows, columns].
-    """
-    side = -(-siemens.shape[1] // (min(out.width, 132) - 2))
-    coloured = out.color_system in ("256", "truecolor") and not out.no_color
-    mean = _patches(siemens, used, side if coloured else 2 * side, side)
-    low, high = float(np.nanmin(mean)), float(np.nanmax(mean))
-    level = (mean - low) / ((high - low) or 1.0)
-    shades = _ASCII_SHADES if out.options.ascii_only else _SHADES
-    if coloured:
-        lines, (dark, bright) = _half_blocks(level), _rgb(np.array([0.0, 1.0]))
-        ends = Text("■", Style(color=Color.from_rgb(*dark))), Text("■", Style(color=Color.from_rgb(*bright)))
-    else:
-        number = np.minimum(np.nan_to_num(level) * len(shades), len(shades) - 1).astype(int)
-        blank = np.isnan(level)
-        lines = [
-            Text("".join(" " if b else shades[n] for n, b in zip(*row, strict=True)))
-            for row in zip(number, blank, strict=True)
-        ]
-        ends = Text(shades[0]), Text(shades[-1])
-    dash, bar = "-|" if out.options.ascii_only else "─│"
-    edge = Text(f" {dash * lines[0].cell_len}")
-    legend = Text.assemble(
-        f" each character {2 * side} × {side} cells, on average: ",
-        *(ends[0], f" {_siemens(low)} to ", ends[1], f" {_siemens(high)}"),
-    )
-    return Group(edge, *(Text.assemble(bar, line, bar) for line in lines), edge, legend)
-
-
-def _patches(
-    siemens: npt.NDArray[np.float32], used: npt.NDArray[np.bool_], height: int, width: int
-) -> npt.NDArray[np.float64]:
-    """Return the mean of the used cells of each patch of ``height`` × ``width``, NaN where none is."""
-
-    def sums(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        by_row = np.add.reduceat(values.astype(np.float64), np.arange(0, values.shape[0], height), axis=0)
-        return np.add.reduceat(by_row, np.arange(0, values.shape[1], width), axis=1)
-
-    count = sums(used)
-    means: npt.NDArray[np.float64] = np.full(count.shape, np.nan)
-    return np.divide(sums(siemens * used), count, out=means, where=count > 0)
-
-
-def _half_blocks(level: npt.NDArray[np.float64]) -> list[Text]:
-    """Return lines of characters that each show one patch above another, by foreground and background."""
-    if len(level) % 2:
-        level = np.pad(level, ((0, 1), (0, 0)), constant_values=np.nan)
-    colours = _rgb(level)
-    return [
-        Text.assemble(
-            *(
-                ("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
-                for above, below in zip(top, bottom, strict=True)
-            )
-        )
-        for top, bottom in zip(colours[::2], colours[1::2], strict=True)
-    ]
-
-
-def _rgb(level: npt.NDArray[np.float64]) -> Any:
-    """Return the colour of levels from 0 to 1, as nested lists of (red, green, blue); NaN is spare."""
-    position = np.nan_to_num(level) * (len(_RAMP) - 1)
-    colours = np.stack([np.interp(position, np.arange(len(_RAMP)), channel) for channel in _RAMP.T], axis=-1)
-    return np.where(np.isnan(level)[..., None], _SPARE, colours).astype(int).tolist()
-
-
-# Targets.
+    print_parts(out, table, cell_picture(out, siemens, used), facts_table(facts))
 
 
 def show_targets(out: Console, targets: Sequence[Target]) -> None:
@@ -521,7 +378,7 @@ def show_targets(out: Console, targets: Sequence[Target]) -> None:
             printable(target.name),
             f"{target.rows} × {target.columns}",
             "analog" if target.cell.levels is None else f"{target.cell.levels} levels",
-            f"{_siemens(target.cell.g_off)} to {_siemens(target.cell.g_on)}",
+            f"{siemens_text(target.cell.g_off)} to {siemens_text(target.cell.g_on)}",
             str(target.slices),
             "unlimited" if target.arrays is None else f"{target.arrays:,}",
             target.mapping,

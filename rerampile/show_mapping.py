@@ -7,7 +7,7 @@ from rich.text import Text
 
 from rerampile.plan import Plan
 from rerampile.schemes import SCHEMES
-from rerampile.show import new_table, print_parts, printable
+from rerampile.terminal import new_table, print_parts, printable
 
 __all__ = ["show_choices"]
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from rerampile.runtime.layer_chart import highest, ranking
 from rerampile.runtime.predict import Prediction, RatePrediction
-from rerampile.show import facts_table, new_table, print_parts, printable
+from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_prediction"]
 

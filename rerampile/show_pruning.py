@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from rerampile.pruning import PrunedModel
-from rerampile.show import facts_table, new_table, print_parts, printable
+from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_pruning"]
 

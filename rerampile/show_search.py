@@ -8,7 +8,7 @@ from rich.console import Console
 
 from rerampile.runtime.progressive import SearchStep
 from rerampile.runtime.search_report import SearchReport
-from rerampile.show import facts_table, new_table, print_parts, printable
+from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_search", "step_line"]
 

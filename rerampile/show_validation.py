@@ -9,7 +9,7 @@ from rich.console import Console
 from rerampile.runtime.comparison import ComparisonReport, Known
 from rerampile.runtime.report import int8_text, known_text
 from rerampile.runtime.validation import ValidationReport
-from rerampile.show import facts_table, new_table, print_parts, printable
+from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_comparison", "show_validation"]
 

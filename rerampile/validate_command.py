@@ -114,8 +114,8 @@ def validate(
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:
-        from rerampile.show import console
         from rerampile.show_validation import show_validation
+        from rerampile.terminal import console
 
         show_validation(console(), report, next(path for path in written if path.suffix == ".html"))
     if not all(requirement.met for requirement in report.requirements):

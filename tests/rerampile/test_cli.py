@@ -31,9 +31,10 @@ from rerampile.errors import InternalError, PlanFormatError
 from rerampile.passes.map import Map
 from rerampile.plan import read_plan
 from rerampile.schemes import MAPPINGS, SCHEMES, WEIGHED
-from rerampile.show import printable, show_array
+from rerampile.show import show_array
 from rerampile.target import preset_names, preset_text
 from rerampile.tensor_file import TensorFile
+from rerampile.terminal import printable
 
 COMMANDS = sorted(main.commands)
 
