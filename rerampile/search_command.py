@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +184,7 @@ def _say_step(quiet: bool) -> Callable[[SearchStep], None]:
         if not quiet:
             from rerampile.show_search import step_line
 
-            click.echo(f"[{number}] {step_line(step)}", err=True)
+            sys.stderr.write(f"[{number}] {step_line(step)}\n")  # of click's own stream a live bar knows nothing
         number += 1
 
     return say

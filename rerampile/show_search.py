@@ -42,7 +42,13 @@ def show_search(out: Console, report: SearchReport, folder: Path) -> None:
         )
     print_parts(out, rows)
     final = report.final
+    same = report.selection == report.reported
     known = [
+        *(
+            [("judged on", f"{report.selection}, the data of the final figures; name others with --selection")]
+            if same
+            else []
+        ),
         ("ratios", ", ".join(f"{block}={ratio:g}" for block, ratio in report.ratios.items())),
         ("unpruned", f"{final.unpruned_clean:.2f} clean, {_plus_minus(final.unpruned, final.unpruned_interval)}"),
         ("pruned", f"{final.clean:.2f} clean, {_plus_minus(final.mean, final.interval)}"),
