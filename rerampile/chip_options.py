@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -169,7 +170,7 @@ fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rat
 
 # What they are measured on.
 
-_ADAPTERS = "cifar10:DIR, imagefolder:DIR, coco:IMAGES,instances.json, npz:FILE (each with @train or @test)"
+_ADAPTERS = "cifar10:DIR or imagefolder:DIR (with @train or @test), coco:IMAGES,instances.json, npz:FILE"
 
 _IMAGE_OPTIONS = (
     click.option("--images", type=click.IntRange(1), help="Use that many, spread over the data."),
@@ -234,13 +235,29 @@ optional_calibration_options = _calibration_options(required=False)
 """The same for a command that may do without; the field ``data`` is then None."""
 
 _METRIC_OPTIONS = (
+    click.option(
+        "--detection",
+        metavar="FILE.json",
+        type=click.Path(path_type=Path),
+        help="How outputs become boxes, where the model does not say: heads, classes, boxes, normalised.",
+    ),
     click.option("--images-per-run", type=click.IntRange(1), help="Images each chip sees, drawn anew for each."),
     click.option(
         "--metric", default="auto", show_default=True, help="accuracy, map, agreement, or the one that suits."
     ),
 )
 
-metric_options = family(_METRIC_OPTIONS, "metric", dict)
+
+def _metric(*, detection: Path | None, **options: Any) -> dict[str, Any]:
+    """Return fields of :class:`~rerampile.runtime.monte_carlo.Experiment`."""
+    if detection is None:
+        return options
+    from rerampile.runtime.detection import read_detection_options
+
+    return {**options, "detection": read_detection_options(detection)}
+
+
+metric_options = family(_METRIC_OPTIONS, "metric", _metric)
 """Gives a command ``metric``: how chips are scored, as fields of an ``Experiment``."""
 
 # How many chips, and how they run.

@@ -94,6 +94,7 @@ def compare(
     from rerampile.runtime.comparison import compare as compare_validations
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.pictures import most_hit_array
+    from rerampile.runtime.predict import predict_beside
     from rerampile.runtime.report import write_report
     from rerampile.runtime.validation import validate
 
@@ -118,6 +119,7 @@ def compare(
         name = experiment.folder.resolve().name
         with cleaned_up(), chips_progress(quiet, name) as progress:
             validations.append(validate(experiment, place / f"{name}.journal.jsonl", progress=progress, **effort))
+    validations[0] = msgspec.structs.replace(validations[0], prediction=predict_beside(experiments[0]))
     report = compare_validations(validations, drop=drop)
     command = f"rerampile {shlex.join(sys.argv[1:])}"
     with cleaned_up():

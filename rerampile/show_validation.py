@@ -34,14 +34,41 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
                 str(found.chips),
             )
         print_parts(out, rows)
+    lost = sum(rate.non_finite for rate in report.rates)
     known = [
-        ("images", f"{report.images:,}"),
+        ("images", images_text(report)),
+        *(
+            [("faults", f"{report.rates[0].distribution}, rates of a {report.rates[0].rate_unit}")]
+            if _unusual(report)
+            else []
+        ),
+        ("stuck", stuck_text(report)),
+        *([("not finite", f"{lost:,} images with an output that is no number")] if lost else []),
         ("ran", f"{report.precision}, {report.execution}"),
         *([] if report.int8 is None else [("int8", int8_text(report))]),
         *(("required", f"{r.text}: {r.found:.2f}, {'met' if r.met else 'not met'}") for r in report.requirements),
         ("report", str(page)),
     ]
     print_parts(out, facts_table([(name, printable(text)) for name, text in known]))
+
+
+def images_text(report: ValidationReport) -> str:
+    """Return how many images there were, how many a chip saw, and how many were left out."""
+    seen = report.rates[0].images
+    words = f"{report.images:,}" if seen == report.images else f"{seen:,} a chip, of {report.images:,}"
+    first = next(iter(report.skipped), "")
+    return words + (f"; {len(report.skipped)} left out, such as {first}" if report.skipped else "")
+
+
+def _unusual(report: ValidationReport) -> bool:
+    return report.rates[0].distribution != "independent" or report.rates[0].rate_unit != "cell"
+
+
+def stuck_text(report: ValidationReport) -> str:
+    """Return asked and found fractions of stuck cells at the highest rate."""
+    faults = max(report.rates, key=lambda rate: rate.rate or 0.0).faults
+    asked, found = faults.stuck_off + faults.stuck_on, faults.observed_off + faults.observed_on
+    return f"{found:.4g} of {faults.cells:,} cells found at the highest rate, {asked:.4g} asked"
 
 
 def _half_width(interval: tuple[float, float] | None) -> str:

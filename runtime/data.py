@@ -1,7 +1,8 @@
 """Adapters: data sets in the layouts that they come in, opened by a short specification.
 
 :func:`open_dataset` turns ``cifar10:DIR@train``, ``imagefolder:DIR``, ``coco:IMAGES,instances.json``, ``npz:FILE`` or
-``generated`` into a :class:`~rerampile.runtime.dataset.Dataset`. A user's own class is passed wherever one of these is.
+``generated`` into a :class:`~rerampile.runtime.dataset.Dataset`. Installed packages
+add adapters of their own by entry points of the group ``rerampile.data``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +47,7 @@ __all__ = [
     "Batch",
     "BoxDataset",
     "BoxTarget",
+    "DataSource",
     "Dataset",
     "ImageDataset",
     "open_dataset",
@@ -53,6 +57,7 @@ __all__ = [
     "write_first_image",
 ]
 
+_GROUP = "rerampile.data"  # of entry points
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -82,14 +87,15 @@ def open_dataset(
         DataError: The data are missing, damaged, or do not fit the model.
     """
     adapter, _, rest = spec.partition(":")
-    if adapter not in _ADAPTERS:
-        raise ConfigError(f"--data: unknown adapter '{adapter}'{did_you_mean(adapter, _ADAPTERS)}")
+    known = _adapters()
+    if adapter not in known:
+        raise ConfigError(f"--data: unknown adapter '{adapter}'{did_you_mean(adapter, known)}")
     if generate < 1:
         raise ConfigError(f"--images: {generate}, expected 1 or more")
     where, split = _split_of(rest)
     if not where and adapter != "generated":
-        raise ConfigError(f"--data: '{spec}' names no data, expected {_ADAPTERS[adapter].form}")
-    source = _Source(
+        raise ConfigError(f"--data: '{spec}' names no data, expected {known[adapter].form}")
+    source = DataSource(
         spec=spec,
         where=where,
         split=split or default_split,
@@ -100,7 +106,7 @@ def open_dataset(
         seed=seed,
         skip_bad=skip_bad,
     )
-    return _ADAPTERS[adapter].open(source)
+    return known[adapter].open(source)
 
 
 def training_split(spec: str) -> str:
@@ -128,8 +134,20 @@ def _split_of(text: str) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What an adapter gets; see :func:`open_dataset`."""
+class DataSource:
+    """What an adapter gets; see :func:`open_dataset`.
+
+    Attributes:
+        spec: All of what the user wrote, for messages.
+        where: What stands between the adapter's name and the split.
+        split: The split, named or by default.
+        split_named: Whether the user named it.
+        session: The model's ONNX Runtime session; the data have to fit its inputs.
+        preprocessing: How images become inputs.
+        generate: How many inputs to make where data are generated.
+        seed: Seed of these.
+        skip_bad: Leave out images that cannot be read.
+    """
 
     spec: str
     where: str
@@ -142,6 +160,7 @@ class _Source:
     skip_bad: bool
 
     def pipeline(self, preset: str) -> Pipeline:
+        """Return the preprocessing, where it is not said otherwise that of a preset."""
         return self.preprocessing.pipeline(self.session, preset)
 
     def require(self, images: int) -> None:
@@ -172,7 +191,7 @@ _CIFAR_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 _CIFAR_SPLITS = {"train": _CIFAR_BATCHES, "test": ("test_batch",), **{name: (name,) for name in _CIFAR_BATCHES}}
 
 
-def _open_cifar10(source: _Source) -> ImageDataset:
+def _open_cifar10(source: DataSource) -> ImageDataset:
     if source.split not in _CIFAR_SPLITS:
         raise ConfigError(f"--data: cifar10 has no split '{source.split}'{did_you_mean(source.split, _CIFAR_SPLITS)}")
     folder = Path(source.where)
@@ -238,7 +257,7 @@ def _cifar_file(path: Path) -> Pixels:
 # imagefolder --------------------------------------------------------------------------------------
 
 
-def _open_imagefolder(source: _Source) -> ImageDataset:
+def _open_imagefolder(source: DataSource) -> ImageDataset:
     folder, listing = _folder_and_list(source)
     images = _images_below(folder)
     if listing is None:
@@ -268,7 +287,7 @@ def _open_imagefolder(source: _Source) -> ImageDataset:
     )
 
 
-def _folder_and_list(source: _Source) -> tuple[Path, Path | None]:
+def _folder_and_list(source: DataSource) -> tuple[Path, Path | None]:
     """Return the folder of the images and the file that labels them, None for one folder a class."""
     text, comma, named = source.where.rpartition(",")
     folder = Path(text if comma else named)
@@ -383,7 +402,7 @@ def _hash_files(found: Any, paths: Iterable[Path]) -> None:
 # coco ---------------------------------------------------------------------------------------------
 
 
-def _open_coco(source: _Source) -> BoxDataset:
+def _open_coco(source: DataSource) -> BoxDataset:
     source.no_split()
     folder_text, comma, file_text = source.where.rpartition(",")
     if not comma:
@@ -472,7 +491,7 @@ def _entries(file: Path, found: Mapping[str, Any], name: str, keys: Mapping[str,
 # npz and generated --------------------------------------------------------------------------------
 
 
-def _open_npz(source: _Source) -> ArrayDataset:
+def _open_npz(source: DataSource) -> ArrayDataset:
     source.no_split()
     path = Path(source.where)
     declared = {value.name: value for value in source.session.get_inputs()}
@@ -530,7 +549,7 @@ def _check_array(path: Path, value: Any, header: ArrayHeader | None) -> None:
         raise DataError(f"{path}: input '{value.name}' is {header.dtype} {list(shape)}, expected {dtype} {value.shape}")
 
 
-def _open_generated(source: _Source) -> ArrayDataset:
+def _open_generated(source: DataSource) -> ArrayDataset:
     source.no_split()
     count = source.generate
     if source.where:
@@ -571,13 +590,26 @@ class _Adapter(NamedTuple):
     """How a kind of data is written in a spec, and what opens it."""
 
     form: str
-    open: Callable[[_Source], Dataset]
+    open: Callable[[DataSource], Dataset]
 
 
-_ADAPTERS = {
+_ADAPTERS: Mapping[str, _Adapter] = {
     "cifar10": _Adapter("cifar10:DIR or cifar10:DIR@train", _open_cifar10),
     "imagefolder": _Adapter("imagefolder:DIR or imagefolder:DIR,labels.txt", _open_imagefolder),
     "coco": _Adapter("coco:IMAGES,instances.json", _open_coco),
     "npz": _Adapter("npz:FILE", _open_npz),
     "generated": _Adapter("generated or generated:COUNT", _open_generated),
 }
+
+
+def _adapters() -> dict[str, _Adapter]:
+    """Return the adapters by name, those of installed packages included; no package takes the name of another."""
+    added = {
+        point.name: _Adapter(f"{point.name}:...", partial(_open_added, point)) for point in entry_points(group=_GROUP)
+    }
+    return {**added, **_ADAPTERS}
+
+
+def _open_added(point: EntryPoint, source: DataSource) -> Dataset:
+    dataset: Dataset = point.load()(source)
+    return dataset

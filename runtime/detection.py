@@ -12,16 +12,27 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.files import require_regular
 from rerampile.runtime.dataset import Batch, BoxTarget, Dataset
 from rerampile.runtime.metrics import MetricResult
 
-__all__ = ["Candidates", "Decoder", "DetectionMetric", "DetectionOptions", "open_detection", "suppress"]
+__all__ = [
+    "Candidates",
+    "Decoder",
+    "DetectionMetric",
+    "DetectionOptions",
+    "open_detection",
+    "read_detection_options",
+    "suppress",
+]
 
 Array = npt.NDArray[Any]
 
@@ -42,6 +53,9 @@ _ALIASES = {
 _CANDIDATES = 1000  # an image, the best before suppression: faulty chips see objects everywhere
 _DETECTIONS = 300  # an image, the best after it
 _TORCHVISION_CLASSES = 91  # models that number classes by COCO's own ids, 0 for the background
+
+
+_LARGEST_OPTIONS = 1 << 20  # bytes of a file of options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,38 @@ class DetectionOptions:
         for name in ("confidence", "overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name}: {getattr(self, name):g}, expected 0 to 1")
+
+
+def read_detection_options(path: Path) -> DetectionOptions:
+    """Read a JSON object with the fields of :class:`DetectionOptions`.
+
+    Raises:
+        ConfigError: The file is unreadable or too large, or a field is unknown or of another kind.
+    """
+    try:
+        require_regular(path)
+        if path.stat().st_size > _LARGEST_OPTIONS:
+            raise ConfigError(f"--detection {path}: {path.stat().st_size:,} bytes, expected a small JSON object")
+        return msgspec.convert(msgspec.json.decode(path.read_bytes()), _DetectionFields, strict=True).options()
+    except OSError as error:
+        raise ConfigError(f"--detection {path}: cannot be read: {error.strerror or error}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--detection {path}: {error}; expected the fields of docs/data.md") from error
+
+
+class _DetectionFields(msgspec.Struct, forbid_unknown_fields=True):
+    """A file of options."""
+
+    heads: dict[str, Any] | None = None
+    classes: list[str] | None = None
+    boxes: str | None = None
+    normalised: bool = False
+    confidence: float = 0.005
+    overlap: float = 0.5
+
+    def options(self) -> DetectionOptions:
+        """Return them checked."""
+        return DetectionOptions(**msgspec.structs.asdict(self))
 
 
 class Candidates(NamedTuple):

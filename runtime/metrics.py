@@ -158,7 +158,7 @@ class Accuracy:
                 f"{self._where}: image {batch.indices[wrong[0]]}: label {labels[wrong[0]]}, expected 0 to "
                 f"{scores.shape[1] - 1} as the model has {scores.shape[1]} classes"
             )
-        finite = np.isfinite(scores).all(axis=1)
+        finite = np.array([all(np.isfinite(part).all() for part in row) for row in _rows(outputs, batch)])
         ranks = np.where(finite, _ranks(scores, labels), _WRONG)
         self._ranks.append(ranks)
         self._indices.append(batch.indices)

@@ -29,6 +29,7 @@ from rerampile.runtime.data import (
     write_first_image,
 )
 from rerampile.runtime.dataset import spread
+from rerampile.runtime.detection import DetectionOptions
 from rerampile.runtime.executor import Executor, Inputs, Precision, open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -62,6 +63,7 @@ class Experiment:
         data: What it is measured on, as the command line names it.
         preprocessing: How images become inputs.
         metric: ``auto``, or the name of a metric.
+        detection: How outputs become boxes, where the model does not say.
         images: Images of the data to use, evenly spread over it, or None for all.
         images_per_run: Images that each chip sees, drawn anew for each, or None for all that are used.
         batch: Images run at once.
@@ -80,6 +82,7 @@ class Experiment:
     data: str = "generated"
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     metric: str = "auto"
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
     images: int | None = None
     images_per_run: int | None = None
     batch: int = 32
@@ -178,7 +181,11 @@ class Bench:
         self.data = self._open_data(experiment.data, session)
         self.calibration = self._open_calibration(session)
         self.executor = self._open_executor(experiment.precision, None if learned is None else learned.layout)
-        self.metric = open_metric(experiment.metric, self.data, session) if learned is None else learned.metric
+        self.metric = (
+            open_metric(experiment.metric, self.data, session, experiment.detection)
+            if learned is None
+            else learned.metric
+        )
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
         self.measured = (
             read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
@@ -191,8 +198,16 @@ class Bench:
                 raise ConfigError(f"--first-image: {self.data.name} has no images; name a data set of images")
             write_first_image(self.data, experiment.first_image)
         self.clean = self._learn() if learned is None else learned.clean
+        self.images = self.clean.indices  # without those that could not be read
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Images that could not be read and were left out, by name, with the reason."""
+        if not isinstance(self.data, ImageDataset):
+            return {}
+        return {str(self.data.names[index]): reason for index, reason in sorted(self.data.skipped.items())}
 
     @property
     def learned(self) -> Learned:
@@ -449,6 +464,8 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "provider": experiment.provider,
         "precision": experiment.precision,
         "calibration": None if bench.calibration is None else bench.calibration.digest,
+        "detection": dataclasses.asdict(experiment.detection),
+        "versions": software_versions(),
     }
 
 

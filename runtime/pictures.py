@@ -115,7 +115,7 @@ def rates_picture(reports: Sequence[ValidationReport], metric: str) -> Callable[
             ticks = sorted({r.rate for report in reports for r in report.rates if r.rate})
             axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
             axes.minorticks_off()
-        _label_axes(axes, "failure rate of a cell", f"{metric} (%)")
+        _label_axes(axes, f"failure rate of a {_unit(reports)}", f"{metric} (%)")
 
     return draw
 
@@ -133,7 +133,7 @@ def chips_picture(reports: Sequence[ValidationReport], metric: str) -> Callable[
                 axes.plot(x, values, ".", ms=3, color=colour, label=None if place else report.label)
         rates = next(_series(reports))[2]
         axes.set_xticks(range(len(rates)), [rate_text(r) for r in rates])
-        _label_axes(axes, "failure rate of a cell; chips from worst to best", f"{metric} (%)")
+        _label_axes(axes, f"failure rate of a {_unit(reports)}; chips from worst to best", f"{metric} (%)")
 
     return draw
 
@@ -142,6 +142,10 @@ def _series(reports: Sequence[ValidationReport]) -> Iterator[tuple[ValidationRep
     """Yield each report, its colour, and its failure rates in rising order."""
     for number, report in enumerate(reports):
         yield report, _COLOURS[number % len(_COLOURS)], sorted(report.rates, key=lambda r: r.rate or 0.0)
+
+
+def _unit(reports: Sequence[ValidationReport]) -> str:
+    return reports[0].rates[0].rate_unit
 
 
 def _label_axes(axes: Any, x: str, y: str) -> None:

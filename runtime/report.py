@@ -88,10 +88,12 @@ def known_text(known: Known) -> str:
 
 
 def _rates_caption(reports: Sequence[ValidationReport], metric: str) -> str:
-    chips = reports[0].rates[0].metrics[metric].chips
+    counts = [rate.metrics[metric].chips for report in reports for rate in report.rates]
+    chips = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    seen, of = reports[0].rates[0].images, reports[0].images
     return (
         f"Mean {metric} of {chips} simulated chips with its 95 % interval; dotted: the worst chip; dashed: no faults. "
-        f"{reports[0].images} images."
+        f"{seen:,} images{'' if seen == of else f' a chip, of {of:,}'}."
     )
 
 
@@ -255,10 +257,12 @@ def _facts(report: ValidationReport) -> str:
         "execution": f"{report.precision}, {report.execution}",
         **({} if report.int8 is None else {"int8": int8_text(report)}),
         "images": f"{report.images:,}",
+        **({"images left out": "; ".join(f"{k}: {v}" for k, v in report.skipped.items())} if report.skipped else {}),
         "faults": faults,
+        "distribution": f"{report.rates[0].distribution}, rates of a {report.rates[0].rate_unit}",
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),
         **({"no chart of layers": report.prediction} if isinstance(report.prediction, str) else {}),
-        **{key.replace("_", " "): str(value) for key, value in report.plan.items()},
+        **{key.replace("_", " "): str(value) for key, value in report.plan.items() if key != "versions"},
         **{f"{name} version": version for name, version in report.versions.items()},
     }
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())

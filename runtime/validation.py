@@ -43,8 +43,8 @@ class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         cells: Physical cells of all chips.
-        stuck_off: Fraction of cells asked to be stuck off.
-        stuck_on: Fraction of cells asked to be stuck on.
+        stuck_off: Fraction of cells asked to be stuck off; of a rate a weight, what it means for cells.
+        stuck_on: Fraction of cells asked to be stuck on, the same.
         observed_off: Fraction found stuck off.
         observed_on: Fraction found stuck on.
     """
@@ -97,6 +97,7 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
         rate: Failure rate a cell (or weight); null for measured chips.
         distribution: How faults lie.
         rate_unit: What the rate is of.
+        images: Images that each chip saw.
         faults: Asked and observed fractions.
         non_finite: Images, over all chips, with an output that was not finite; scored as wrong.
         metrics: By name.
@@ -107,6 +108,7 @@ class RateReport(msgspec.Struct, kw_only=True, frozen=True):
     rate: float | None
     distribution: str
     rate_unit: str
+    images: int
     faults: FaultCounts
     non_finite: int
     metrics: dict[str, MetricReport]
@@ -150,6 +152,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         precision: The arithmetic, fp32 or int8.
         int8: Of int8: how far it is from fp32.
         images: Images used.
+        skipped: Images that could not be read and were left out, with the reason.
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
         requirements: What was required, and whether it holds.
@@ -168,6 +171,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     precision: str
     int8: Int8Report | None
     images: int
+    skipped: dict[str, str]
     clean: dict[str, float]
     rates: list[RateReport]
     requirements: list[RequirementResult]
@@ -345,6 +349,7 @@ def _validate(
         precision=experiment.precision,
         int8=int8,
         images=len(bench.images),
+        skipped=bench.skipped,
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
@@ -369,14 +374,16 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
     experiment = bench.experiment
     model = experiment.faults[rate] if experiment.faults else None
     cells = bench.geometry.cells * len(results)
+    share = _sites(bench) / bench.geometry.cells if model is not None and model.rate_unit == "weight" else 1.0
     return RateReport(
         rate=None if model is None else round(model.rate, 15),
         distribution="measured" if model is None else model.distribution,
         rate_unit="cell" if model is None else model.rate_unit,
+        images=experiment.images_per_run or len(bench.images),
         faults=FaultCounts(
             cells=cells,
-            stuck_off=sum(r.stuck_off for r in results) / cells if model is None else model.stuck_off,
-            stuck_on=sum(r.stuck_on for r in results) / cells if model is None else model.stuck_on,
+            stuck_off=sum(r.stuck_off for r in results) / cells if model is None else share * model.stuck_off,
+            stuck_on=sum(r.stuck_on for r in results) / cells if model is None else share * model.stuck_on,
             observed_off=sum(r.stuck_off for r in results) / cells,
             observed_on=sum(r.stuck_on for r in results) / cells,
         ),
@@ -384,6 +391,13 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
         metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
         by_class=_by_class(results),
     )
+
+
+def _sites(bench: Bench) -> int:
+    """Return how many weights the arrays have room for: each of them may be hit, in one of its cells."""
+    rows, columns = bench.geometry.rows, bench.geometry.columns
+    arrays = [array for array in bench.deployment.plan.arrays if "plus" in array.roles]  # not the other one of twins
+    return sum(rows * (columns // (len(array.roles) * len(array.slices))) for array in arrays)
 
 
 def _by_class(results: Sequence[ChipResult]) -> dict[str, float]:
@@ -402,9 +416,10 @@ def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, preci
     values = np.array([r.values[name] for r in results])
     clean = np.array([r.clean[name] for r in results])
     found: ChipStatistics = chip_statistics(values, clean, lower_is_better=name in LOWER_IS_BETTER)
-    interval, several = found.interval, len(results) > 1
-    if precision is not None and name == bench.metric.names[0]:
+    interval, drop_interval, several = found.interval, found.drop_interval, len(results) > 1
+    if precision is not None:  # how many chips were run depends on the first ones, so on chance
         interval = two_stage_interval(values, FIRST_STAGE)
+        drop_interval = two_stage_interval(found.drops, FIRST_STAGE)
     seen = bench.experiment.images_per_run
     parts = None
     if seen is not None and several and name in results[0].within:
@@ -419,7 +434,7 @@ def _metric_report(bench: Bench, results: Sequence[ChipResult], name: str, preci
         fifth_percentile=found.fifth_percentile,
         interval=(interval.low, interval.high) if several else None,
         drop=found.drop,
-        drop_interval=(found.drop_interval.low, found.drop_interval.high) if several else None,
+        drop_interval=(drop_interval.low, drop_interval.high) if several else None,
         chip_deviation=None if parts is None else parts.chips**0.5,
         image_deviation=None if parts is None else parts.images**0.5,
         values=[float(v) for v in values],

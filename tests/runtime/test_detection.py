@@ -12,13 +12,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rerampile import compile_model
+from rerampile.cli import main
 from rerampile.errors import ConfigError, DataError
 from rerampile.runtime.data import Batch, open_dataset
-from rerampile.runtime.detection import Candidates, DetectionOptions, YoloHeads, open_detection, suppress
+from rerampile.runtime.detection import (
+    Candidates,
+    DetectionOptions,
+    YoloHeads,
+    open_detection,
+    read_detection_options,
+    suppress,
+)
 from rerampile.runtime.metrics import MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.session import open_session, run
@@ -293,3 +303,62 @@ def test_yolo_fastest_on_coco(data_root, project_root, tmp_path, monkeypatch):
     onnx.save(model, tmp_path / "fastest.onnx")
     found = measured(tmp_path / "fastest.onnx", data_root, 128)
     assert found == {"map50": pytest.approx(43.2, abs=1), "map": pytest.approx(21.9, abs=1)}
+
+
+BOXES = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N, 3, 8, 8] x) => (float[N, 1, 4] boxes, float[N, 1, 2] scores) {
+    a = Flatten (x)
+    b = Gemm <transB = 1> (a, w, bias)
+    c = Reshape (b, shape)
+    boxes, scores = Split <axis = 2> (c, sizes)
+}
+"""
+
+
+def test_a_file_says_what_the_model_does_not(parse_model, tmp_path):
+    """Two classes without names, and boxes as shares of the input: refused without the file, right with it."""
+    bias = np.array([0.25, 0.25, 0.75, 0.75, 0.9, 0.1], np.float32)
+    tensors = {"w": np.full((6, 192), 1e-9, np.float32), "bias": bias}
+    tensors |= {"sizes": np.array([4, 2]), "shape": np.array([-1, 1, 6])}
+    folder = compile_model(parse_model(BOXES, **tensors), out=tmp_path / "net.deployment").folder
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1.png")
+    record = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 8, "height": 8}],
+        "categories": [{"id": 7, "name": "dog"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 2, 4, 4], "area": 16, "iscrowd": 0}],
+    }
+    (tmp_path / "i.json").write_text(json.dumps(record))
+    words = ["validate", folder, "--data", f"coco:{tmp_path / 'images'},{tmp_path / 'i.json'}", "--runs", "1", "-q"]
+    words += ["--failure-rate", "0", "-o", tmp_path / "out", "--json"]
+
+    def run(*more: object) -> Any:
+        return CliRunner().invoke(main, [str(word) for word in [*words, *more]])
+
+    assert run().exit_code == 1
+    (tmp_path / "d.json").write_text(json.dumps({"classes": ["dog", "cat"], "boxes": "xyxy", "normalised": True}))
+    done = run("--detection", tmp_path / "d.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["clean"]["map50"] == pytest.approx(100)
+    refused = run("--detection", tmp_path / "d.json", "--images-per-run", "1", "-o", tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "--images-per-run: this metric scores all images together; give --images instead" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"class": ["dog"]}', "unknown field `class`; expected the fields of docs/data.md"),
+        ('{"boxes": 3}', r"Expected `str | null`, got `int` - at `\$.boxes`"),
+        ('{"boxes": "corners"}', "--boxes: 'corners', expected xyxy, yxyx or xywh"),
+        ("{", "--detection"),
+        (" " * (1 << 20) + "{}", "expected a small JSON object"),
+    ],
+)
+def test_files_of_detection_options_that_make_no_sense(tmp_path, text, message):
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_detection_options(tmp_path / "d.json")
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read: No such file"):
+        read_detection_options(tmp_path / "none.json")

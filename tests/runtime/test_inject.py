@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from rerampile import Deployment, Target, compile_model
 from rerampile.deployment import layer_coding, partition_blocks
 from rerampile.errors import PlanFormatError
+from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector, LayerFaults
@@ -401,3 +402,42 @@ def test_a_plan_that_holds_a_weight_twice_is_refused(tmp_path: Path) -> None:
     plan = msgspec.structs.replace(deployment.plan, arrays=[*deployment.plan.arrays, copy])
     with pytest.raises(PlanFormatError, match="in 2 places, expected 1"):
         Injector(replace(deployment, plan=plan))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_one_stuck_cell_of_a_plan_changes_the_outputs_as_its_array_says(pack: bool, tmp_path: Path) -> None:
+    """From a cell of an array to an output of the model: first in the block of a channel, then beside it, a leak."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4, 5, 5] x) => (float[N, 4, 3, 3] y) {
+        y = Conv <kernel_shape = [3, 3], group = 4> (x, w)
+    }
+    """
+    kernels = np.random.default_rng(2).standard_normal((4, 1, 3, 3)).astype(np.float32)
+    deployment = build(
+        text, {"w": kernels}, tmp_path / "out", target=target_of(CELLS["analog"], 1, "adjacent"), pack=pack
+    )
+    executor, injector = open_executor(deployment), Injector(deployment)
+    image = np.random.default_rng(3).standard_normal((2, 4, 5, 5)).astype(np.float32)
+    (clean,) = executor.run({"x": image})
+    geometry = ChipGeometry.of(deployment)
+    patches = np.lib.stride_tricks.sliding_window_view(image, (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
+    columns = patches.reshape(2, 3, 3, 36).astype(np.float64)
+    seen = set()
+    for row, column in ((0, 0), (0, 2), (10, 1), (10, 3)):
+        stuck = FaultMap(
+            cell=np.array([row * geometry.columns + column]),
+            state=np.array([2], np.uint8),
+            conductance=np.array([deployment.target.cell.g_on], np.float32),
+        )
+        expected = np.einsum("nhwi,oi->nohw", columns, simulate(deployment, 0, stuck))
+        executor.apply(injector.faults(stuck))
+        (found,) = executor.run({"x": image})
+        executor.restore()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        changed = np.abs(found - clean).max(axis=(0, 2, 3)) > 1e-6
+        assert changed.sum() <= 1
+        seen.update(np.flatnonzero(changed).tolist())
+        (back,) = executor.run({"x": image})
+        np.testing.assert_array_equal(back, clean)
+    assert seen

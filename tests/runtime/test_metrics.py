@@ -65,6 +65,15 @@ def test_outputs_that_are_not_finite_are_wrong_and_counted(value):
     assert found.non_finite == 1
 
 
+def test_another_output_that_is_not_finite_counts_too():
+    metric = Accuracy(0, "data")
+    other = np.zeros((3, 2), np.float32)
+    other[2, 1] = np.nan
+    metric.update([np.eye(3, dtype=np.float32), other], batch_of(3, LABELS, rows=3))
+    assert metric.result().non_finite == 1
+    assert metric.result().scores["top1"].tolist() == [100, 100, 0]
+
+
 def test_rows_that_fill_up_a_batch_do_not_count():
     metric = Accuracy(0, "data")
     metric.update([np.eye(3, dtype=np.float32)[[0, 1, 1, 1]]], batch_of(2, LABELS[:2], rows=4))

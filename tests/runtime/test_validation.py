@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 
 from rerampile import ConfigError, DataError, Deployment, PlanFormatError, Target, compile_model
 from rerampile.cli import main
+from rerampile.runtime.data import Batch, DataSource
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.monte_carlo import Bench, Experiment
@@ -134,6 +137,9 @@ def test_chips_until_the_mean_is_known(experiment: Experiment, tmp_path: Path) -
         interval = rate.metrics["top1_agreement"].interval
         assert interval is not None
         assert (interval[1] - interval[0]) / 2 <= 3.0 + 1e-9
+        drop = rate.metrics["top1_agreement"].drop_interval  # all chips see the same images, so it is as wide
+        assert drop is not None
+        assert drop[1] - drop[0] == pytest.approx(interval[1] - interval[0])
 
 
 @pytest.mark.parametrize(
@@ -285,3 +291,85 @@ def test_the_first_image_is_not_written_into_a_deployment(deployment: Deployment
     with pytest.raises(ConfigError, match=r"first.png: lies in the deployment .*; name another place"):
         Bench(Experiment(folder=deployment.folder, first_image=inside, images=2))
     assert not inside.exists()
+
+
+def test_rates_a_weight_are_told_as_what_they_mean_for_cells(experiment: Experiment, tmp_path: Path) -> None:
+    faults = (FaultModel.of_rate(0.2, rate_unit="weight"),)
+    found = validate(replace(experiment, faults=faults), tmp_path / "j", runs=10).rates[0]
+    assert found.rate_unit == "weight"
+    asked, observed = found.faults.stuck_on, found.faults.observed_on
+    assert asked == pytest.approx(found.faults.stuck_off * 5.2)
+    deviation = (asked / found.faults.cells) ** 0.5
+    assert abs(observed - asked) < 5 * deviation
+    assert asked < 0.1  # a pair has two cells
+
+
+def test_images_that_cannot_be_read_are_told_and_do_not_count(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    net = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 3, 8, 8] x) => (float[N, 2] y) {
+        a = Flatten (x)
+        y = Gemm <transB = 1> (a, w)
+    }
+    """
+    weights = np.random.default_rng(0).standard_normal((2, 192)).astype(np.float32)
+    folder = compile_model(parse_model(net, w=weights), out=tmp_path / "net.deployment").folder
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (40 * number,) * 3).save(tmp_path / "images" / label / f"{number}.png")
+    (tmp_path / "images" / "b" / "1.png").write_bytes(b"no image")
+    words = ["validate", folder, "--data", f"imagefolder:{tmp_path / 'images'}", "--preprocess", "raw", "--runs", 2]
+    words += ["--failure-rate", "0.1", "--skip-bad", "-q", "-o", tmp_path / "out"]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["images"] == record["rates"][0]["images"] == 5
+    ((name, reason),) = record["skipped"].items()
+    assert name.endswith("1.png")
+    assert "cannot identify" in reason
+    assert "5; 1 left out, such as" in " ".join(done.stdout.split())
+    assert "images left out" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_chips_of_other_versions_are_not_mixed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate(experiment, tmp_path / "j", runs=1)
+    monkeypatch.setattr("rerampile.runtime.monte_carlo.np.__version__", "0.1")
+    with pytest.raises(DataError, match=r"journal of another run: versions was .*; remove it to start anew"):
+        validate(experiment, tmp_path / "j", runs=1)
+
+
+class _Radar:
+    """A data set of a package of the user's."""
+
+    name, kind, classes, digest = "radar", "labels", 10, "0" * 64
+
+    def __init__(self, source: DataSource) -> None:
+        self.skipped: dict[int, str] = {}
+        (self._input,) = source.session.get_inputs()
+        self._count = int(source.where)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, size: int, indices: np.ndarray | None = None) -> Iterator[Batch]:
+        wanted = np.arange(self._count) if indices is None else indices
+        shape = [length if isinstance(length, int) else 1 for length in self._input.shape[1:]]
+        for chunk in np.split(wanted, range(size, len(wanted), size)):
+            yield Batch({self._input.name: np.ones((len(chunk), *shape), np.float32)}, chunk % 10, chunk)
+
+
+def test_adapters_of_other_packages(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("radar", f"{__name__}:_Radar", "rerampile.data")
+    monkeypatch.setattr("rerampile.runtime.data.entry_points", lambda group: [point] if "rerampile" in group else [])
+    report = validate(replace(experiment, data="radar:7"), tmp_path / "j", runs=2)
+    assert report.images == 7
+    assert set(report.clean) == {"top1", "top5"}
+    with pytest.raises(ConfigError, match=r"unknown adapter 'rader' .did you mean radar"):
+        validate(replace(experiment, data="rader:7"), tmp_path / "k", runs=2)
