@@ -121,6 +121,8 @@ def test_one_model_with_several_mappings(model_file: Path, tmp_path: Path) -> No
     asked = load_deployment(tmp_path / "out" / "optimal.deployment").plan.options
     assert asked["stuck_off"] + asked["stuck_on"] == pytest.approx(0.2)  # the highest of the rates that are compared
     assert {v["scale"] for v in found["validations"]} == {"tensor"}
+    assert found["validations"][0]["prediction"]["rates"][0]["layers"]  # of the reference: the page has its chart
+    assert found["validations"][1]["prediction"] is None
     again = run(*arguments, "--mappings", "two_column,optimal", "--scale", "tensor")
     assert "drop of top1_agreement" in again.stdout
     assert "at a drop of 1" in again.stdout
