@@ -24,7 +24,6 @@ _CHANNEL_BY_CHANNEL = frozenset(
     | {"MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool"}
 )
 _ELEMENT_BY_ELEMENT = frozenset({"Add", "Sub", "Mul", "Sum", "Max", "Min"})
-_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 _CHANNELS = 1  # the axis of channels
 
 
@@ -59,6 +58,15 @@ def unread_outputs(graph: ModelGraph, layers: Sequence[Layer], weights: Mapping[
     return found
 
 
+def _has_channels_second(node: GraphNode, tensor: Tensor) -> bool:
+    """Whether what a layer reads has the layer's inputs along its second axis."""
+    if node.slots(tensor) != [0] or node.scope:
+        return False
+    if node.op == "MatMul":
+        return tensor.shape is not None and len(tensor.shape) == _CHANNELS + 1
+    return node.op == "Conv" or (node.op == "Gemm" and not node.attribute("transA", 0))
+
+
 class _Readers:
     """What reads the channels of tensors, as weights are dropped."""
 
@@ -89,7 +97,7 @@ class _Readers:
         return unread
 
     def _unread_by(self, node: GraphNode, tensor: Tensor, channels: int, width: int) -> Flags:
-        if node.slots(tensor) == [0] and node.op in _PRODUCTS and id(node) in self._layers and not node.scope:
+        if id(node) in self._layers and _has_channels_second(node, tensor):
             return self._without_weights(self._layers[id(node)], channels, width)
         passes = node.slots(tensor) == [0] and node.op in _CHANNEL_BY_CHANNEL and len(node.view.outputs) == 1
         if width == 1 and (passes or self._adds(node, tensor, channels)):

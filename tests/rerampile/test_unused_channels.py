@@ -106,6 +106,27 @@ def test_what_is_not_understood_reads_everything(parse_model: Parse, reader: str
     assert found(parse_model(net, **tensors, **({"whole": whole} if "Add" in reader else {}))) == {}
 
 
+@pytest.mark.parametrize(
+    ("between", "image", "result", "expected"),
+    [("Flatten", "N, 3, 1, 1", "N, 2", {"first": [1]}), ("Identity", "N, 3, 4, 4", "N, 4, 4, 2", {})],
+)
+def test_a_product_reads_the_last_axis(
+    parse_model: Parse, between: str, image: str, result: str, expected: dict[str, list[int]]
+) -> None:
+    """As many columns as channels: only where these are the same axis does a row of zeros leave a channel unread."""
+    net = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[{image}] image) => (float[{result}] y) {{
+        a = Conv <kernel_shape = [1, 1]> (image, first)
+        b = {between} (a)
+        y = MatMul (b, second)
+    }}
+    """
+    second = np.ones((4, 2), np.float32)
+    second[1] = 0
+    assert found(parse_model(net, first=np.ones((4, 3, 1, 1), np.float32), second=second)) == expected
+
+
 def test_pruned_channels_take_their_filters_along(parse_model: Parse, tensors: dict[str, np.ndarray]) -> None:
     model = onnx.shape_inference.infer_shapes(parse_model(NET.replace("d = Add (a, c)", "d = Relu (c)"), **tensors))
     graph = ModelGraph(load_model_file(model))
