@@ -327,6 +327,11 @@ def _weighing(mapping: MappingName, faults: FaultModel | None, current_weight: f
             f"mapping '{mapping}': {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where one "
             f"scheme is better than another; give --failure-rate, or --stuck-off and --stuck-on"
         )
+    if faults.rate_unit != "cell":
+        raise ConfigError(
+            f"mapping '{mapping}': a failure rate of a {faults.rate_unit}, expected one of a cell; leave out "
+            f"--rate-unit {faults.rate_unit}"
+        )
     if not 0 <= current_weight <= 1:
         raise ConfigError(f"--current-weight {current_weight:g}: expected a number from 0 to 1")
     return {"stuck_off": faults.stuck_off, "stuck_on": faults.stuck_on, "current_weight": float(current_weight)}

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from rerampile.asked_constraint import on_target
-from rerampile.compiler import compile_model
+from rerampile.asked_constraint import inputs_of_pattern, on_target
+from rerampile.compiler import check_replaceable, compile_model
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError
 from rerampile.graph import ModelGraph
@@ -27,8 +27,8 @@ from rerampile.runtime.data import open_dataset
 from rerampile.runtime.dataset import Dataset
 from rerampile.runtime.forecast import forecast
 from rerampile.runtime.journal import Journal
-from rerampile.runtime.monte_carlo import ChipResult, Experiment
-from rerampile.runtime.progressive import Hopeless, Measured, Rules, SearchStep, search
+from rerampile.runtime.monte_carlo import ChipResult, Experiment, software_versions
+from rerampile.runtime.progressive import Hopeless, Measured, Rules, SearchStep, check_search, search
 from rerampile.runtime.search_report import Outcome, SearchReport, beside
 from rerampile.runtime.session import open_session
 from rerampile.runtime.validation import ValidationReport, validate
@@ -106,8 +106,7 @@ def search_model(
     Raises:
         RerampileError: What the user can mend.
     """
-    for experiment in (request.selection, request.reported):
-        _check_labelled(experiment, request.model)
+    check_replaceable(out / DEPLOYMENT)
     bench = _Steps(request, out / UNFINISHED, progress)
     start = bench.measure({}, None)
     _check_start(start, bench.metric, request.selection)
@@ -141,8 +140,8 @@ def remove_unfinished(out: Path) -> None:
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
-def _check_labelled(experiment: Experiment, model: Path) -> None:
-    """Refuse data on which a model can only be compared with itself: a pruned one would agree with itself."""
+def _labelled(experiment: Experiment, model: Path) -> Dataset:
+    """Open the data; refuse those on which a pruned model can only be compared with itself."""
     preprocessing, skip_bad = experiment.preprocessing, experiment.skip_bad
     data = open_dataset(
         experiment.data, open_session(model), preprocessing, default_split="test", generate=1, skip_bad=skip_bad
@@ -151,6 +150,7 @@ def _check_labelled(experiment: Experiment, model: Path) -> None:
         raise ConfigError(
             f"--data {experiment.data}: has no labels or they are not used, expected some to judge pruned models by"
         )
+    return data
 
 
 def _check_start(start: Measured, metric: str, selection: Experiment) -> None:
@@ -190,6 +190,12 @@ class _Steps:
     def __init__(self, request: SearchRequest, folder: Path, progress: ChipsProgress | None) -> None:
         self._pruning = on_target(request.pruning, request.target, request.mapping)
         check_request(self._pruning)
+        if inputs_of_pattern(self._pruning.structure):
+            raise ConfigError(
+                f"--structure {self._pruning.structure}: has one ratio only, expected a structure whose ratio can be "
+                f"searched, such as weights or columns"
+            )
+        self._data = [_labelled(experiment, request.model) for experiment in (request.selection, request.reported)]
         folder.mkdir(parents=True, exist_ok=True)
         self._request, self._folder, self._progress = request, folder, progress
         self._graph = ModelGraph(load_model_file(request.model))
@@ -197,6 +203,7 @@ class _Steps:
         self._protected = protected_layers(request.pruning.protect, layers)
         self._layers = layers
         self.blocks = blocks_of(layers, self._protected, request.order)
+        check_search(self.blocks, request.schedule, request.rules)
         self.metric = ""
         self.mapping = request.mapping or request.target.mapping
         self._forecasts: dict[str, float] = {}
@@ -254,26 +261,37 @@ class _Steps:
             if key not in journal.done:
                 found = self._validated(ratios, experiment, runs)
                 metric = next(iter(found.clean))
-                journal.add(key, {"metric": metric, "clean": found.clean[metric], "values": _values(found, metric)})
+                values = found.rates[0].metrics[metric].values
+                journal.add(key, {"metric": metric, "clean": found.clean[metric], "values": values})
+                self._forget(ratios, experiment)
             result = journal.done[key]
         self.metric = result["metric"]
         return Measured(result["clean"], np.array(result["values"]))
 
     def _validated(self, ratios: Mapping[str, float], experiment: Experiment, runs: int) -> ValidationReport:
-        name = hashlib.sha256(json.dumps([sorted(ratios.items()), experiment.data, experiment.seed]).encode())
-        folder = self._folder / f"{name.hexdigest()[:16]}.deployment"
-        journal = folder.with_suffix(".jsonl")
+        folder = self._place(ratios, experiment)
+        shutil.rmtree(folder, ignore_errors=True)  # what a stop left of it
         self.compile(ratios, folder)
-        found = validate(replace(experiment, folder=folder), journal, runs=runs, progress=self._progress)
-        shutil.rmtree(folder)
-        journal.unlink()
-        return found
+        journal = folder.with_suffix(".jsonl")
+        return validate(replace(experiment, folder=folder), journal, runs=runs, progress=self._progress)
+
+    def _place(self, ratios: Mapping[str, float], experiment: Experiment) -> Path:
+        """Return where the deployment of a step lies; its chips are kept beside it."""
+        name = hashlib.sha256(json.dumps([sorted(ratios.items()), experiment.data, experiment.seed]).encode())
+        return self._folder / f"{name.hexdigest()[:16]}.deployment"
+
+    def _forget(self, ratios: Mapping[str, float], experiment: Experiment) -> None:
+        """Remove what was kept to go on within a step; its result is in the journal now."""
+        folder = self._place(ratios, experiment)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".jsonl").unlink(missing_ok=True)
 
     def _forecast(self, ratios: Mapping[str, float]) -> float:
         """Return roughly what chips do to the metric, from the closed forms alone."""
         key = json.dumps(sorted(ratios.items()))
         if key not in self._forecasts:
             folder = self._folder / "forecast.deployment"
+            shutil.rmtree(folder, ignore_errors=True)
             self.compile(ratios, folder)
             self._forecasts[key] = forecast(replace(self._request.selection, folder=folder))
             shutil.rmtree(folder)
@@ -290,11 +308,9 @@ class _Steps:
             "pruning": asdict(replace(self._pruning, ratios={})),
             "calibration": [request.calibration.digest, request.calibration_images],
             "faults": selection.faults[0].key,
-            "selection": [selection.data, selection.images],
-            "reported": [request.reported.data, request.reported.images],
+            "selection": [selection.data, self._data[0].digest, selection.images],
+            "reported": [request.reported.data, self._data[1].digest, request.reported.images],
+            "scored": [selection.metric, selection.images_per_run, asdict(selection.detection), selection.skip_bad],
+            "versions": software_versions(),
             "preprocessing": asdict(selection.preprocessing),
         }
-
-
-def _values(found: ValidationReport, metric: str) -> list[float]:
-    return found.rates[0].metrics[metric].values

@@ -18,13 +18,24 @@ from typing import Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 from rerampile.errors import ConfigError
 from rerampile.runtime.statistics import t_interval
 
-__all__ = ["Hopeless", "Measure", "Measured", "Rules", "SearchPath", "SearchStep", "interval_of", "search"]
+__all__ = [
+    "Hopeless",
+    "Measure",
+    "Measured",
+    "Rules",
+    "SearchPath",
+    "SearchStep",
+    "check_search",
+    "interval_of",
+    "search",
+]
 
-_ONE_SIDED_95 = 1.645  # quantile of the normal distribution
+_CONFIDENCE = 0.95  # one-sided
 
 Vector = npt.NDArray[np.float64]
 
@@ -142,7 +153,7 @@ def search(
     Raises:
         ConfigError: There is no block, or the ratios do not ascend.
     """
-    _check(blocks, schedule, rules)
+    check_search(blocks, schedule, rules)
     state = _State(list(blocks), dict.fromkeys(blocks, 0.0), start, start, rules)
     state.note(_step(0.0, state.searched, state.ratios, start, None, rules), best=True)
     report(state.steps[0])
@@ -155,7 +166,12 @@ def search(
     return SearchPath(steps=state.steps, best=max(n for n, step in enumerate(state.steps) if step.best))
 
 
-def _check(blocks: Sequence[str], schedule: Sequence[float], rules: Rules) -> None:
+def check_search(blocks: Sequence[str], schedule: Sequence[float], rules: Rules) -> None:
+    """Refuse a search that makes no sense.
+
+    Raises:
+        ConfigError: There is no block, the ratios do not ascend, or the threshold is not above 0.
+    """
     if not blocks:
         raise ConfigError("no block to search: every layer is protected or has no weights that can be pruned")
     if not schedule or any(not 0 < ratio < 1 for ratio in schedule) or sorted(set(schedule)) != list(schedule):
@@ -218,8 +234,10 @@ def _step(
     if reference is None:
         return measured
     drops = reference.values - found.values
-    error = float(drops.std(ddof=1)) / len(drops) ** 0.5 if len(drops) > 1 else 0.0
-    least = float(drops.mean()) - _ONE_SIDED_95 * error
+    least = float(drops.mean())
+    if len(drops) > 1:
+        error = float(drops.std(ddof=1)) / len(drops) ** 0.5
+        least -= float(scipy.stats.t.ppf(_CONFIDENCE, len(drops) - 1)) * error
     accepted = least < rules.threshold
     return msgspec.structs.replace(
         measured,

@@ -80,7 +80,7 @@ def _named(key: str, layers: Sequence[Layer], option: str) -> list[Layer]:
     Raises:
         ConfigError: There are none.
     """
-    hit = [layer for layer in layers if key == layer.block or _matches(key, layer)]
+    hit = [layer for layer in layers if key == layer.block] or [layer for layer in layers if _matches(key, layer)]
     if not hit:
         known = {layer.block for layer in layers} | {layer.name for layer in layers}
         raise ConfigError(

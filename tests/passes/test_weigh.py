@@ -257,6 +257,10 @@ def test_options_and_target(compile_text: Compile, discrete_target: Callable[...
             {"mapping": "optimal", "faults": FaultModel.of_rate(1)},
             "1 of all cells stuck, expected more than 0 and",
         ),
+        (
+            {"mapping": "auto", "faults": FaultModel.of_rate(0.01, rate_unit="weight")},
+            "a failure rate of a weight, expected one of a cell; leave out --rate-unit weight",
+        ),
         ({"mapping": "optimal", "current_weight": 1.5}, "--current-weight 1.5: expected a number from 0 to 1"),
         ({"mapping": "optimal", "current_weight": float("nan")}, "--current-weight nan: expected a number from 0 to 1"),
     ],

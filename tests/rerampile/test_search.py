@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner, Result
 from jsonschema import Draft202012Validator
 
-from rerampile import load_deployment, verify_deployment
+from rerampile import load_deployment, searcher, verify_deployment
 from rerampile.cli import main
 from rerampile.runtime import monte_carlo
 from rerampile.runtime.forecast import with_noise
+from rerampile.runtime.progressive import Measured
 from rerampile.runtime.report_schema import report_schema
+from rerampile.runtime.search_report import beside
 
 IMAGES = 120
 
@@ -144,6 +146,17 @@ def test_steps_predicted_to_fail_are_not_run(folder: Path, tmp_path: Path) -> No
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [([1.0, 2.0, 3.0], True), ([-1.0, 0.5, -0.2], True), ([-1.0, -1.1, -0.9], False), ([-5.0], True)],
+)
+def test_the_unpruned_model_is_taken_where_fresh_chips_show_it_to_be_better(gains: list[float], holds: bool) -> None:
+    unpruned = np.linspace(80, 90, len(gains))
+    outcome = beside(Measured(92.0, unpruned), Measured(92.0, unpruned + gains))
+    assert searcher._holds(outcome) is holds
+    assert searcher._holds(None)
+
+
 def test_noise_has_the_asked_energy() -> None:
     output = np.random.default_rng(0).standard_normal((1000, 50)).astype(np.float32) * 3
     noise = with_noise(output, 0.2, np.random.default_rng(1)) - output
@@ -160,6 +173,8 @@ def test_noise_has_the_asked_energy() -> None:
         (["--failure-rate", "0.3"], 1, "the unpruned model keeps"),
         (["--ratios", "some"], 2, "'some': expected ratios with ','"),
         (["--ratios", "0.5,0.2"], 1, "--ratios 0.5,0.2: expected ratios above 0 and below 1, ascending"),
+        (["--structure", "2:4"], 1, "--structure 2:4: has one ratio only"),
+        (["--threshold", "0"], 1, "--threshold 0: expected more than 0 points"),
         (["--method", "adm"], 1, "pruning method adm: no such engine"),
         (["--protect", "first,last,12,6"], 1, "no block to search"),
         (["--data", "generated"], 1, "--data generated: has no labels"),
