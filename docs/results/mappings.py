@@ -30,6 +30,7 @@ from rerampile.target import Target
 MAPPINGS = ("two_column", "offset", "differential", "balanced")
 SCALES = ("tensor", "channel")
 BATCH = 32
+TARGET = "paper"
 
 
 def measure(options: argparse.Namespace) -> list[ValidationReport]:
@@ -123,6 +124,7 @@ def repeat(options: argparse.Namespace) -> list[str]:
     words += ["--failure-rate", options.failure_rate, "--runs", str(options.runs)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
     words += [] if options.batch == BATCH else ["--batch", str(options.batch)]
+    words += [] if options.target == TARGET else ["--target", options.target]
     words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
     return words + ([] if options.note is None else ["--note", options.note])
 
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the page")
     parser.add_argument("--title", required=True)
     parser.add_argument("--note", help="what readers should know of the data")
-    parser.add_argument("--target", default="paper")
+    parser.add_argument("--target", default=TARGET)
     parser.add_argument("--failure-rate", default="0.001,0.005,0.01")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
