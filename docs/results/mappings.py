@@ -76,7 +76,8 @@ def page(report: ComparisonReport, options: argparse.Namespace) -> str:
         f"# {options.title}",
         "",
         f"Mean {metric} of {chips} simulated chips for each failure rate of a cell (stuck off : stuck on = 1 : 5.2),",
-        f"percent, with its 95 % interval, and the worst chip in brackets; {first.clean[metric]:.2f} % without faults.",
+        "percent, with its 95 % interval, and the worst chip in brackets;",
+        f"{first.clean[metric]:.2f} % without faults (first line).",
         f"{seen}, target `{options.target}` {cells(options)}, {options.precision} in ONNX Runtime",
         f"{first.versions['onnxruntime']}.{in_fp32(first, metric)}",
         *([] if options.note is None else ["", options.note]),
@@ -164,7 +165,8 @@ def main() -> None:
     (HERE / f"{options.name}.md").write_text(page(report, options))
     svg, _ = render(rates_picture(report.validations, report.metric))
     (HERE / f"{options.name}.svg").write_text(svg)
-    (HERE / f"{options.name}.json").write_bytes(msgspec.json.encode(report) + b"\n")
+    numbers = msgspec.json.encode(report).replace(options.data.encode(), options.shown_data.encode())
+    (HERE / f"{options.name}.json").write_bytes(numbers + b"\n")
 
 
 if __name__ == "__main__":
