@@ -24,6 +24,7 @@ __all__ = [
     "fault_options",
     "fault_rate_options",
     "metric_options",
+    "numbers",
     "optional_calibration_options",
     "seed_option",
 ]
@@ -68,8 +69,14 @@ def _parameters(options: tuple[Callable[[Any], Any], ...]) -> list[click.Paramet
     return found[::-1]
 
 
-def _numbers(separator: str) -> Callable[..., Any]:
-    """Return a callback that reads numbers between separators."""
+def numbers(separator: str, expected: str | None = None) -> Callable[..., Any]:
+    """Return a callback that reads numbers between separators.
+
+    Args:
+        separator: What stands between them.
+        expected: What the message asks for.
+    """
+    wanted = expected or f"numbers with '{separator}' between them"
 
     def read(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
         if value is None:
@@ -77,7 +84,7 @@ def _numbers(separator: str) -> Callable[..., Any]:
         try:
             return tuple(float(part) for part in value.split(separator))
         except ValueError:
-            raise click.BadParameter(f"'{value}': expected numbers with '{separator}' between them") from None
+            raise click.BadParameter(f"'{value}': expected {wanted}") from None
 
     return read
 
@@ -90,7 +97,7 @@ _KIND_OPTIONS = (
         metavar="A:B",
         default=":".join(f"{share:g}" for share in _OFF_ON),
         show_default=True,
-        callback=_numbers(":"),
+        callback=numbers(":"),
         help="How the rate splits into stuck off and stuck on.",
     ),
     click.option("--stuck-off", type=float, metavar="P", help="Fraction stuck off, instead of a failure rate."),
@@ -102,7 +109,7 @@ _FAULT_OPTIONS = (
         "--failure-rate",
         "rates",
         metavar="F,...",
-        callback=_numbers(","),
+        callback=numbers(","),
         help="Fractions of cells that are stuck.  [default: 0.001,0.005,0.01]",
     ),
     *_KIND_OPTIONS,

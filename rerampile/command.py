@@ -66,11 +66,7 @@ def report_folder(out: Path) -> Path:
     from rerampile.errors import ConfigError
 
     remedy = "name another folder with -o"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in out.iterdir()}
-    except OSError as error:
-        raise ConfigError(f"-o {out}: cannot be used as a folder: {error.strerror or error}; {remedy}") from error
+    names = _names_in(out, remedy)
     if "plan.json" in names:
         raise ConfigError(f"-o {out}: a deployment, expected a folder for the report; {remedy}")
     foreign = sorted(name for name in names if name.startswith("report."))
@@ -92,14 +88,21 @@ def own_folder(out: Path, names: Collection[str]) -> Path:
     from rerampile.errors import ConfigError
 
     remedy = "name another one with -o"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        others = {entry.name for entry in out.iterdir()} - set(names)
-    except OSError as error:
-        raise ConfigError(f"-o {out}: cannot be used as a folder: {error.strerror or error}; {remedy}") from error
+    others = _names_in(out, remedy) - set(names)
     if others:
         raise ConfigError(f"-o {out}: holds '{min(others)}', expected a new or empty folder; {remedy}")
     return out
+
+
+def _names_in(out: Path, remedy: str) -> set[str]:
+    """Make a folder where there is none, and return what is in it."""
+    from rerampile.errors import ConfigError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return {entry.name for entry in out.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"-o {out}: cannot be used as a folder: {error.strerror or error}; {remedy}") from error
 
 
 def read_ratios(_: click.Context, __: click.Parameter, value: str | None) -> float | dict[str, float] | None:

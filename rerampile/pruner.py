@@ -113,10 +113,12 @@ def prune_model(
     weights = {layer.name: found[layer.name].weights.reshape(layer.view.shape) for layer in pruned}
     if request.structure in WHOLE:
         weights = _without_unread(graph, layers, weights)
+        for layer in pruned:
+            editable.set_weights(layer, weights[layer.name])
     return PrunedModel(
         model=editable.model,
         request=request,
-        layers=[_finish(editable, layer, weights[layer.name], found[layer.name], ratios) for layer in pruned],
+        layers=[_outcome(editable, layer, weights[layer.name], found[layer.name], ratios) for layer in pruned],
         left=left,
     )
 
@@ -132,11 +134,10 @@ def _without_unread(
     }
 
 
-def _finish(
+def _outcome(
     editable: EditableModel, layer: Layer, weights: npt.NDArray[np.float32], step: _Step, ratios: Mapping[str, float]
 ) -> PrunedLayer:
-    """Give a layer its last weights, and say what became of it."""
-    editable.set_weights(layer, weights)
+    """Say what became of a layer."""
     return PrunedLayer(
         name=layer.name,
         tensor=editable.weight_name(layer),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rerampile.chip_options import data_options, family, fault_options, metric_options, seed_option
+from rerampile.chip_options import data_options, family, fault_options, metric_options, numbers, seed_option
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, own_folder, print_json, scale_option, target_options
 from rerampile.interruption import cleaned_up
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from rerampile.runtime.progressive import SearchStep
 
 __all__ = ["search"]
-
-
-def _ratios(_: click.Context, __: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"'{value}': expected ratios with ',' between them, as in 0.2,0.4,0.6") from None
 
 
 _RULES_OPTIONS = (
@@ -77,7 +70,7 @@ _rules_options = family(_RULES_OPTIONS, "rules", dict)
     metavar="R,...",
     default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     show_default=True,
-    callback=_ratios,
+    callback=numbers(",", "ratios with ',' between them, as in 0.2,0.4,0.6"),
     help="Pruning ratios to try in turn.",
 )
 @_rules_options

@@ -200,9 +200,7 @@ class _Steps:
         self._request, self._folder, self._progress = request, folder, progress
         self._graph = ModelGraph(load_model_file(request.model))
         layers, _ = find_layers(self._graph)
-        self._protected = protected_layers(request.pruning.protect, layers)
-        self._layers = layers
-        self.blocks = blocks_of(layers, self._protected, request.order)
+        self.blocks = blocks_of(layers, protected_layers(request.pruning.protect, layers), request.order)
         check_search(self.blocks, request.schedule, request.rules)
         self.metric = ""
         self.mapping = request.mapping or request.target.mapping

@@ -14,7 +14,7 @@ from rerampile.checks import check_checksums
 from rerampile.deployment import load_deployment
 from rerampile.errors import ConfigError
 from rerampile.runtime.metrics import LOWER_IS_BETTER
-from rerampile.runtime.statistics import Interval, t_interval
+from rerampile.runtime.statistics import Interval, interval_of
 from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
 from rerampile.runtime.validation import ValidationReport
 
@@ -184,13 +184,12 @@ def _differences(validation: ValidationReport, reference: ValidationReport, metr
         here = rate.metrics[metric].values
         chips = min(len(here), len(there[rate.rate]))
         pairs = sign * (np.array(here[:chips]) - np.array(there[rate.rate][:chips]))
-        interval = t_interval(pairs) if chips > 1 else None
         found.append(
             Difference(
                 rate=rate.rate,
                 chips=chips,
                 mean=float(pairs.mean()),
-                interval=None if interval is None else (interval.low, interval.high),
+                interval=interval_of(pairs),
             )
         )
     return found

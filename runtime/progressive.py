@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import scipy.stats
 
 from rerampile.errors import ConfigError
-from rerampile.runtime.statistics import t_interval
+from rerampile.runtime.statistics import Vector, interval_of
 
 __all__ = [
     "Hopeless",
@@ -31,13 +29,10 @@ __all__ = [
     "SearchPath",
     "SearchStep",
     "check_search",
-    "interval_of",
     "search",
 ]
 
 _CONFIDENCE = 0.95  # one-sided
-
-Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -246,11 +241,3 @@ def _step(
         accepted=accepted,
         reason=f"loses at least {least:.2f} points, {'' if accepted else 'not '}less than {rules.threshold:g}",
     )
-
-
-def interval_of(values: Vector) -> tuple[float, float] | None:
-    """Return the 95 % interval of a mean; None for one value."""
-    if len(values) < 2:
-        return None
-    found = t_interval(values)
-    return found.low, found.high

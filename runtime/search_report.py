@@ -10,7 +10,8 @@ import msgspec
 
 from rerampile.files import write_files
 from rerampile.runtime.pictures import render
-from rerampile.runtime.progressive import Measured, SearchStep, interval_of
+from rerampile.runtime.progressive import Measured, SearchStep
+from rerampile.runtime.statistics import interval_of
 
 __all__ = ["SEARCH_FILES", "Outcome", "SearchReport", "beside", "steps_picture", "write_search"]
 

@@ -15,6 +15,7 @@ __all__ = [
     "VarianceParts",
     "chip_statistics",
     "chips_needed",
+    "interval_of",
     "t_interval",
     "two_stage_interval",
     "variance_parts",
@@ -103,6 +104,14 @@ def t_interval(values: Vector) -> Interval:
     half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * _deviation(values) / math.sqrt(n)
     mean = float(values.mean())
     return Interval(mean - half, mean + half)
+
+
+def interval_of(values: Vector) -> tuple[float, float] | None:
+    """Return both ends of :func:`t_interval`; None for one value, which has none."""
+    if len(values) < 2:
+        return None
+    found = t_interval(values)
+    return found.low, found.high
 
 
 def chips_needed(first_stage: Vector, half_width: float) -> int:
