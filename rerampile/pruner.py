@@ -237,26 +237,26 @@ def _fit(
     dense = _weights(graph, layer)
     found = cross_moments(graph, model, layer, data, images)
     centred = can_shift(graph, layer)
-    moment, cross = _averages(found, centred)
+    moment, cross = _averages(found, dense, centred)
     if ratio is None:
         return _Step(dense, _shift(layer, dense, dense, found))
     constraint = constraint_of(request, ratio, dense, kernel_size(layer))
     pruned = prune_layer(dense, moment, constraint, engine=request.engine, cross=cross)
     weights = pruned.weights
     if request.values == "levels":
-        weights = weights * output_factors(weights, moment, dense, cross)[:, :, None]
+        weights = weights * output_factors(weights, moment, cross)[:, :, None]
     shift = _shift(layer, dense, weights, found) if centred else None
     return _Step(weights.astype(np.float32), shift, pruned.loss, pruned.deficient)
 
 
-def _averages(found: CrossMoments, centred: bool) -> tuple[Doubles, Doubles]:
-    """Return E[x x^T] and E[x d^T], of the deviations from the means where a bias makes up for these."""
+def _averages(found: CrossMoments, dense: npt.NDArray[np.float32], centred: bool) -> tuple[Doubles, Doubles]:
+    """Return E[x x^T] and E[(W d) x^T], of the deviations from the means where a bias makes up for these."""
     count = found.pruned.count
     moment, cross = found.pruned.moment / count, found.cross / count
     if centred:
         x, d = found.pruned.total / count, found.dense_total / count
         moment -= x[:, :, None] * x[:, None, :]
-        cross -= x[:, :, None] * d[:, None, :]
+        cross -= (dense.astype(np.float64) @ d[:, :, None]) * x[:, None, :]
     return moment, cross
 
 

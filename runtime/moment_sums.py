@@ -58,10 +58,10 @@ class MomentSums:
 
 
 def add_products(total: Doubles, left: Floats, right: Floats) -> None:
-    """Add the sum of x y^T over pairs of vectors, float32 [groups, inputs, vectors], to [groups, inputs, inputs]."""
+    """Add the sum of y x^T over pairs of vectors, float32 [groups, size, vectors], to float64 [groups, size, size]."""
     with np.errstate(over="ignore", invalid="ignore"):
-        for group, (x, y) in enumerate(zip(left, right, strict=True)):
-            total[group] += x @ y.T
+        for group, (y, x) in enumerate(zip(left, right, strict=True)):
+            total[group] += y @ x.T
 
 
 def _square(vectors: Floats) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from rerampile.runtime.dataset import Dataset, Indices
 from rerampile.runtime.layer_inputs import InputUse, NotObservedError, input_uses
 from rerampile.runtime.moment_sums import MomentSums, add_products
 from rerampile.runtime.moments_checkpoint import MomentsCheckpoint
-from rerampile.runtime.taps import Progress, Watched
+from rerampile.runtime.taps import Progress, Tap, Watched
 
 __all__ = ["CrossMoments", "Moments", "cross_moments", "second_moments"]
 
 Doubles = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 _Uses = tuple[InputUse, ...]
 
 
@@ -52,7 +53,7 @@ class CrossMoments:
 
     Attributes:
         pruned: Sums over x alone.
-        cross: Sum of x d^T, float64 [groups, inputs, inputs].
+        cross: Sum of (W d) x^T with the dense weights W, float64 [groups, outputs, inputs].
         dense_total: Sum of d, float64 [groups, inputs].
     """
 
@@ -128,6 +129,9 @@ def cross_moments(
 ) -> CrossMoments:
     """Run images through two models side by side, as far as one layer's inputs; return how these go together.
 
+    Where the images hold more than 32 input vectors for each input of the layer (and more than 16,384), that many of
+    them are drawn, evenly and always the same ones: early convolutions see a thousand positions of every image.
+
     Args:
         graph: The dense model.
         pruned: The same model with other weights: its tensors have the same names.
@@ -145,19 +149,42 @@ def cross_moments(
     uses, reasons = _observable(graph, [layer])
     if reasons:
         raise ConfigError(f"layer '{layer.name}' cannot be refitted: {reasons[layer.name]}")
-    sums = _sums_of(layer)
-    cross, dense_total = np.zeros_like(sums.moment), np.zeros_like(sums.total)
+    sums, view = _sums_of(layer), layer.view
+    weights = layer.matrix(graph).reshape(view.groups, view.outputs, view.inputs)
+    cross, dense_total = np.zeros(weights.shape), np.zeros_like(sums.total)
     watched = _watched([graph.model, pruned], list(uses.values()), data, images, batch)
+    draws, share = np.random.default_rng(0), 0.0
     for shown in watched.results(progress):
+        if shown and not share:
+            seen = sum(_count(use, shown[0]) for use in uses[layer.name])
+            share = _sampled(view.inputs) * watched.batch / (seen * len(images))
         for use in uses[layer.name] if shown else ():
             dense, sparse = (use.reader.columns([values[tap] for tap in use.taps]) for values in shown)
-            for d, x in zip(dense, sparse, strict=True):
+            for pair in zip(dense, sparse, strict=True):
+                d, x = pair if share >= 1 else _drawn(pair, share, draws)
                 sums.add(x)
-                add_products(cross, x, d)
+                add_products(cross, weights @ d, x)
                 dense_total += d.sum(axis=-1, dtype=np.float64)
         shown.clear()
     sums.finish()
     return CrossMoments(pruned=_moments(sums), cross=cross, dense_total=dense_total)
+
+
+def _sampled(inputs: int) -> int:
+    """Return how many input vectors of a layer are enough."""
+    return max(32 * inputs, 1 << 14)
+
+
+def _drawn(pair: tuple[Floats, Floats], share: float, draws: np.random.Generator) -> tuple[Floats, Floats]:
+    """Return some of the vectors of both models, the same of each."""
+    dense, sparse = pair
+    chosen = np.flatnonzero(draws.random(sparse.shape[-1]) < share)
+    return dense[..., chosen], sparse[..., chosen]
+
+
+def _count(use: InputUse, values: Mapping[Tap, Floats]) -> int:
+    """Return how many input vectors a use of a layer has in a batch."""
+    return sum(part.shape[-1] for part in use.reader.columns([values[tap] for tap in use.taps]))
 
 
 def _observable(graph: ModelGraph, layers: Sequence[Layer]) -> tuple[dict[str, _Uses], dict[str, str]]:

@@ -15,23 +15,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from tables import HERE, accuracy, command, shown_model, table
+from pruned_models import Pruned, PrunedModels, parser_of, repeat
+from tables import HERE, accuracy, command, table
 
 from rerampile import compile_model
-from rerampile.graph import ModelGraph
-from rerampile.onnx_file import load_model_file
-from rerampile.pruner import prune_model
 from rerampile.pruning import PruneRequest
-from rerampile.runtime.data import open_dataset, training_split
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.pictures import render
-from rerampile.runtime.preprocessing import Preprocessing
-from rerampile.runtime.session import open_session
 from rerampile.runtime.validation import MetricReport, validate
 
 
@@ -66,44 +60,40 @@ def settings(rate: float) -> list[Setting]:
 
 def measure(options: argparse.Namespace) -> dict[float, list[MetricReport]]:
     """Return what chips do in each setting, by pruning ratio."""
-    graph = ModelGraph(load_model_file(options.model))
-    spec = options.calibration or training_split(options.data)
-    session = open_session(options.model)
-    data = open_dataset(spec, session, Preprocessing(), default_split="train", generate=options.images)
+    models = PrunedModels(options)
     found: dict[float, list[MetricReport]] = {}
     for ratio in map(float, options.ratios.split(",")):
-        request = PruneRequest(ratios={"*": ratio})
-        layers = options.work / f"layers-{ratio:g}"
-        model: Any = options.model
-        if ratio > 0:
-            model = prune_model(graph, data, request, images=options.images, checkpoint=layers)
-        each = enumerate(settings(options.rate))
-        found[ratio] = [run(model, setting, number, ratio, options) for number, setting in each]
+        pruned = models.find(PruneRequest(ratios={"*": ratio})) if ratio > 0 else models.dense
+        found[ratio] = [
+            run(pruned, setting, f"{n}-{ratio:g}", options) for n, setting in enumerate(settings(options.rate))
+        ]
         print(f"{ratio:g}: {', '.join(f'{m.clean:.2f} {m.mean:.2f}' for m in found[ratio])}", flush=True)
     return found
 
 
-def run(model: Any, setting: Setting, number: int, ratio: float, options: argparse.Namespace) -> MetricReport:
+def run(model: Pruned, setting: Setting, name: str, options: argparse.Namespace) -> MetricReport:
     """Run the chips of a setting at one ratio."""
     folder = options.work / "chips.deployment"
-    compile_model(model, out=folder, mapping=setting.mapping, scale=setting.scale)
-    experiment = Experiment(folder=folder, faults=(setting.faults,), data=options.data)
-    report = validate(experiment, options.work / f"{number}-{ratio:g}.journal.jsonl", runs=options.runs)
+    compile_model(model.path, out=folder, mapping=setting.mapping, scale=setting.scale)
+    few = options.images_per_run
+    experiment = Experiment(folder=folder, faults=(setting.faults,), data=options.data, images_per_run=few)
+    report = validate(experiment, options.work / f"{name}.journal.jsonl", runs=options.runs)
     return next(iter(report.rates[0].metrics.values()))
 
 
 def page(found: dict[float, list[MetricReport]], options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
     clean = {ratio: metrics[0].clean for ratio, metrics in found.items()}
-    words = [shown_model(options.model), "--data", options.shown_data, "--name", options.name]
-    words += ["--title", options.title, "--images", str(options.images), "--ratios", options.ratios]
-    words += ["--rate", f"{options.rate:g}", "--runs", str(options.runs)]
+    words = [*repeat(options), "--rate", f"{options.rate:g}", "--runs", str(options.runs)]
+    words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
+    few = options.images_per_run
+    seen = "all test images" if few is None else f"{few} of the test images a chip, drawn anew for each"
     lines = [
         f"# {options.title}",
         "",
         f"Mean accuracy of {options.runs} simulated chips at each pruning ratio, percent, with its 95 % interval, and",
-        "the worst chip in brackets; the same chips at all ratios. Pruned without training from",
-        f"{options.images} training images.",
+        f"the worst chip in brackets; the same chips at all ratios, {seen}. Pruned without",
+        f"training from {options.images} training images.",
         "",
         f"![accuracy over pruning ratio]({options.name}.svg)",
         "",
@@ -119,6 +109,7 @@ def page(found: dict[float, list[MetricReport]], options: argparse.Namespace) ->
             [[f"{r:g}", *(drop(m) for m in metrics)] for r, metrics in found.items()],
         ),
         "",
+        *([] if options.note is None else [options.note, ""]),
         f"Every chip's value is in [{options.name}.json]({options.name}.json).",
         *command("pruning_ratio.py", words),
     ]
@@ -151,21 +142,11 @@ def picture(found: dict[float, list[MetricReport]], rate: float) -> Callable[[An
 
 def main() -> None:
     """Measure, and write the page, its picture and its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
-    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
-    parser.add_argument("--calibration", help="what pruning learns from; the data, @train")
-    parser.add_argument("--images", type=int, default=512, help="of the calibration")
-    parser.add_argument("--ratios", default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9")
+    parser = parser_of(__doc__, ratios="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9")
     parser.add_argument("--rate", type=float, default=0.005, help="failure rate where both kinds of faults are drawn")
     parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--name", required=True, help="of the page")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where layers and chips are kept")
+    parser.add_argument("--images-per-run", type=int)
     options = parser.parse_args()
-    options.shown_data = options.shown_data or options.data
-    options.work.mkdir(parents=True, exist_ok=True)
     found = measure(options)
     (HERE / f"{options.name}.md").write_text(page(found, options))
     svg, _ = render(picture(found, options.rate))

@@ -29,13 +29,17 @@ _EVERY = 3  # iterations between two looks at what changed
 _GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))  # share of weights that changed, factor of rho above it
 _SETTLED = 1.3  # factor of rho while nothing changes
 _MET = 1e-3  # relative distance of weights and set at which nothing more will change
+_GLANCE, _NEAR = 10, 1.5  # a refit of magnitude pruning that is this far off after so many steps is not finished
 _SMALL = 64  # inputs up to which numpy's batched inverse is faster than factors one by one
 
 
 def admm(problem: LayerProblem, constraint: Constraint) -> Floats:
     """Return weights of the constraint with a small loss, never larger than that of magnitude pruning with refit."""
     found = refit(problem, _alternate(problem, constraint), constraint)
-    plain = refit(problem, constraint.project(problem.weights, np.ones_like(problem.importance)), constraint)
+    plain = constraint.project(problem.weights, np.ones_like(problem.importance))
+    plain = refit(problem, plain, constraint, _GLANCE)
+    if problem.loss(plain) < _NEAR * problem.loss(found):
+        plain = refit(problem, plain, constraint)
     better = problem.losses(found) < (limit := problem.losses(plain))
     if constraint.joint:
         better = np.full_like(better, problem.loss(found) < limit.sum())

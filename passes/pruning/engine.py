@@ -83,8 +83,9 @@ def prune_layer(
         moment: E[x x^T] over the calibration data, [groups, inputs, inputs].
         constraint: What the new weights have to be.
         engine: A name of :data:`ENGINES`.
-        cross: E[x y^T] where ``y`` are the inputs of the dense model and ``x`` those of the model pruned so far, or
-            None where both are the same (:func:`rerampile.passes.pruning.problem.layer_problem`).
+        cross: E[y x^T], [groups, outputs, inputs], where ``y`` are the layer's outputs in the dense model and ``x`` its
+            inputs in the model pruned so far, or None where both have the same inputs
+            (:func:`rerampile.passes.pruning.problem.layer_problem`).
 
     Raises:
         ConfigError: The engine is unknown, or the constraint does not fit the layer.

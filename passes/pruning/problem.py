@@ -68,20 +68,21 @@ def layer_problem(
     """Return the problem of a layer.
 
     With ``cross``, the outputs to stay near are those of the dense weights on other inputs: ``x`` are the inputs in the
-    pruned model, ``y`` those in the dense one. The weights that minimise ``E|W x - W0 y|^2`` without any constraint
-    then take the place of ``W0``, because under every constraint the loss differs from that by a constant only.
+    pruned model, ``y = W0 d`` the outputs in the dense one. The weights that minimise ``E|W x - y|^2`` without any
+    constraint then take the place of ``W0``, because under every constraint the loss differs from that by a constant
+    only.
 
     Args:
         weights: The dense weights ``W0``, [groups, outputs, inputs].
         moment: E[x x^T], the second moment of the inputs, [groups, inputs, inputs]. An input whose diagonal is zero is
             dead, and its weights become zero.
-        cross: E[x y^T], [groups, inputs, inputs], or None where both are the same inputs.
+        cross: E[y x^T], [groups, outputs, inputs], or None where both models have the same inputs.
 
     Raises:
         DataError: The moment is not finite.
     """
     groups, _, inputs = weights.shape
-    if not moment.shape == (groups, inputs, inputs) == (moment if cross is None else cross).shape:
+    if moment.shape != (groups, inputs, inputs) or (cross is not None and cross.shape != weights.shape):
         raise InternalError(f"second moment of shape {list(moment.shape)} for weights of {list(weights.shape)}")
     if not all(np.isfinite(part).all() for part in (moment, cross) if part is not None):
         raise DataError(
@@ -104,8 +105,8 @@ def layer_problem(
 def _unconstrained(
     weights: Floats, moment: npt.NDArray[np.float64], cross: npt.NDArray[np.float64], damping: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return the ``W`` of the smallest ``E|W x - W0 y|^2 + sum(damping * (W - W0)^2)``."""
-    wanted = weights @ cross.transpose(0, 2, 1) + weights * damping[:, None]
+    """Return the ``W`` of the smallest ``E|W x - y|^2 + sum(damping * (W - W0)^2)``."""
+    wanted = cross + weights * damping[:, None]
     solved = np.empty(weights.shape)
     for group, (matrix, added) in enumerate(zip(moment, damping, strict=True)):
         damped = matrix + np.diag(np.where(added > 0, added, 1))

@@ -18,7 +18,7 @@ _EXPECTED_STEPS = 40  # what conjugate gradients took on layers of trained netwo
 _DIRECT_COST = 8  # of an operation in a small factor of its own, in float64, against one in a large product
 
 
-def refit(problem: LayerProblem, weights: Floats, constraint: Constraint) -> Floats:
+def refit(problem: LayerProblem, weights: Floats, constraint: Constraint, steps: int = _STEPS) -> Floats:
     """Return weights of a smaller or equal loss, reached without leaving the constraint.
 
     Zeros stay. Free weights become the best ones on their support; weights that share a value move together; levels
@@ -28,14 +28,15 @@ def refit(problem: LayerProblem, weights: Floats, constraint: Constraint) -> Flo
         problem: The layer.
         weights: A point of the constraint, [groups, outputs, inputs].
         constraint: The set.
+        steps: The most that conjugate gradients take.
     """
     if not constraint.tied:
-        return refit_support(problem, weights != 0, weights)
+        return refit_support(problem, weights != 0, weights, steps)
     tangent = constraint.tangent(weights, problem.importance)
-    return _conjugate_gradients(problem, weights, tangent, axes=(0, 1, 2))
+    return _conjugate_gradients(problem, weights, tangent, axes=(0, 1, 2), steps=steps)
 
 
-def output_factors(weights: Floats, moment: Floats, wanted: Floats, cross: Floats) -> npt.NDArray[np.float64]:
+def output_factors(weights: Floats, moment: Floats, cross: Floats) -> npt.NDArray[np.float64]:
     """Return the factor of each output that brings it nearest to the wanted one: ``E[y y0] / E[y^2]``.
 
     For weights that are bound to values: the factor goes into the scale of an output, not into its cells.
@@ -43,14 +44,13 @@ def output_factors(weights: Floats, moment: Floats, wanted: Floats, cross: Float
     Args:
         weights: [groups, outputs, inputs].
         moment: ``E[x x^T]`` of what they see, [groups, inputs, inputs].
-        wanted: The weights whose outputs are wanted, [groups, outputs, inputs].
-        cross: ``E[x x0^T]`` with what those see, [groups, inputs, inputs].
+        cross: ``E[y0 x^T]`` with the wanted outputs, [groups, outputs, inputs].
 
     Returns:
         float64 [groups, outputs], positive; one where an output is zero or turned around.
     """
     energy = np.einsum("goi,goi->go", weights @ moment, weights, dtype=np.float64)
-    product = np.einsum("goi,goi->go", weights @ cross, wanted, dtype=np.float64)
+    product = np.einsum("goi,goi->go", weights, cross, dtype=np.float64)
     sensible = (energy > 0) & (product > 0)
     return np.where(sensible, product / np.where(sensible, energy, 1), 1.0)
 
@@ -104,7 +104,7 @@ def _conjugate_gradients(
 
     scale = problem.importance[:, None]
     wanted = problem.weights @ problem.moment
-    smallest = np.finfo(weights.dtype).eps ** 1.5 * product(wanted, wanted / scale)
+    smallest = np.finfo(weights.dtype).eps ** 1.3 * product(wanted, wanted / scale)
     residual = wanted - weights @ problem.moment
     step = direction = tangent(residual / scale)
     left = product(residual, step)

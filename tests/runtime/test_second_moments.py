@@ -23,6 +23,7 @@ from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes.find_layers import find_layers
 from rerampile.runtime import layer_inputs, taps
+from rerampile.runtime import second_moments as second_moments_module
 from rerampile.runtime.data import open_dataset
 from rerampile.runtime.dataset import ArrayDataset, Batch
 from rerampile.runtime.second_moments import Moments, cross_moments, second_moments
@@ -641,10 +642,33 @@ def test_cross_moments() -> None:
         grouped(windows(of_b(model, x), (3, 3), (1, 1), (1, 1), [(1, 1), (1, 1)]), 6) for model in (graph.model, pruned)
     )
     check(found.pruned, pruned_columns)
-    expected = np.einsum("gni,gnj->gij", pruned_columns, dense_columns, dtype=np.float64)
+    weights = layer.matrix(graph).reshape(6, -1, dense_columns.shape[-1])
+    products = np.einsum("goi,gni->gon", weights, dense_columns, dtype=np.float64)
+    expected = products @ pruned_columns
     np.testing.assert_allclose(found.cross, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(found.dense_total, dense_columns.sum(axis=1), rtol=1e-4)
-    assert np.abs(found.cross - found.pruned.moment).max() > 0.01 * np.abs(expected).max()
+    assert np.abs(found.cross - weights @ found.pruned.moment).max() > 0.01 * np.abs(expected).max()
+
+
+def test_of_many_vectors_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(64, 3, 9, 8)
+    graph, layers = found_in(network())
+    layer = next(layer for layer in layers if layer.name == "B")
+    arguments = graph, graph.model, layer, Arrays({"x": x}), np.arange(64)
+    everything = cross_moments(*arguments, batch=8)
+    monkeypatch.setattr(second_moments_module, "_sampled", lambda inputs: 1000)
+    some = cross_moments(*arguments, batch=8)
+
+    assert everything.pruned.count == 64 * 72
+    assert abs(some.pruned.count - 1000) < 5 * np.sqrt(1000)
+    for found in (some, cross_moments(*arguments, batch=8)):  # the same ones each time
+        np.testing.assert_array_equal(found.pruned.moment, some.pruned.moment)
+    # Both models are one, and the same vectors were drawn in both.
+    weights = layer.matrix(graph).reshape(6, -1, some.pruned.moment.shape[-1])
+    np.testing.assert_allclose(some.cross, weights @ some.pruned.moment, atol=1e-4 * np.abs(some.cross).max())
+    np.testing.assert_allclose(some.dense_total, some.pruned.total)
+    average, expected = (found.pruned.moment / found.pruned.count for found in (some, everything))
+    assert np.linalg.norm(average - expected) < 0.1 * np.linalg.norm(expected)
 
 
 def of_b(model: ModelFile, x: Array) -> Array:

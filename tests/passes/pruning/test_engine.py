@@ -203,7 +203,7 @@ def test_units_of_inputs_do_not_matter_to_admm(problem_of: Problem) -> None:
 
 def test_sequential_targets_reach_the_engine(layer_of: Callable[..., Any]) -> None:
     weights, moment = layer_of((1, 4, 8))
-    found = prune_layer(weights, moment, Sparsity(0.5), cross=0.5 * moment)
+    found = prune_layer(weights, moment, Sparsity(0.5), cross=0.5 * weights @ moment)
     half = prune_layer(0.5 * weights, moment, Sparsity(0.5))
     np.testing.assert_allclose(found.weights, half.weights, atol=2e-2)
 

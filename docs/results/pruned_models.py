@@ -1,0 +1,119 @@
+"""Pruned versions of a model, each made once and kept: what the pages about pruning share."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tables import shown_model
+
+from rerampile import compile_model
+from rerampile.graph import ModelGraph
+from rerampile.onnx_file import load_model_file, write_model_file
+from rerampile.pruner import prune_model, remove_checkpoint
+from rerampile.pruning import PruneRequest
+from rerampile.runtime.data import open_dataset, training_split
+from rerampile.runtime.journal import Journal
+from rerampile.runtime.monte_carlo import Bench, Experiment
+from rerampile.runtime.session import open_session
+
+__all__ = ["Pruned", "PrunedModels", "parser_of", "repeat"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model.
+
+    Attributes:
+        path: Where it is.
+        accuracy: Without faults, percent.
+        seconds: How long pruning took; None where that is not known, because it was interrupted.
+    """
+
+    path: Path
+    accuracy: float
+    seconds: float | None
+
+
+class PrunedModels:
+    """Pruned versions of one model, in a folder that belongs to this model, calibration and number of images.
+
+    Args:
+        options: See :func:`parser_of`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        self._options, self._graph = options, ModelGraph(load_model_file(options.model))
+        spec = options.calibration or training_split(options.data)
+        session = open_session(options.model)
+        self._data = open_dataset(spec, session, default_split="train", generate=options.images)
+        identity = {"model": self._graph.model.sha256, "calibration": self._data.digest, "images": options.images}
+        self._journal = Journal(options.work / "pruned.jsonl", {**identity, "data": options.data})
+
+    @property
+    def dense(self) -> Pruned:
+        """The model itself."""
+        return Pruned(self._options.model, self._kept("dense", lambda: self._accuracy(self._options.model)), None)
+
+    def find(self, request: PruneRequest) -> Pruned:
+        """Return the model pruned as requested, and make it where it is not there yet."""
+        words = [request.engine, request.structure, request.values, *(f"{k}={r:g}" for k, r in request.ratios.items())]
+        name = "-".join(words).replace("*=", "").replace(":", "of")
+        path = self._options.work / f"{name}.onnx"
+
+        def make() -> float | None:
+            layers = self._options.work / "layers"
+            resumed, started = layers.exists(), time.perf_counter()
+            found = prune_model(self._graph, self._data, request, images=self._options.images, checkpoint=layers)
+            seconds = time.perf_counter() - started
+            write_model_file(found.model, path)
+            remove_checkpoint(layers)
+            print(f"{name}: {seconds:.0f} s", flush=True)
+            return None if resumed else seconds
+
+        seconds = self._kept(f"{name} seconds", make)
+        return Pruned(path, self._kept(name, lambda: self._accuracy(path)), seconds)
+
+    def _kept(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._journal.done:
+            self._journal.add(key, make())
+        return self._journal.done[key]
+
+    def _accuracy(self, model: Path) -> float:
+        folder = self._options.work / "clean.deployment"
+        compile_model(model, out=folder)
+        return next(iter(Bench(Experiment(folder=folder, data=self._options.data)).clean.values.values()))
+
+
+def parser_of(description: str | None, *, ratios: str) -> argparse.ArgumentParser:
+    """Return a parser of what all pages about pruning are made from."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="what accuracy is measured on, as of 'rerampile validate'")
+    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
+    parser.add_argument("--calibration", help="what pruning learns from; the data, @train")
+    parser.add_argument("--shown-calibration", help="how the page names that")
+    parser.add_argument("--images", type=int, default=512, help="of the calibration")
+    parser.add_argument("--ratios", default=ratios)
+    parser.add_argument("--name", required=True, help="of the page")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--note", help="what readers should know")
+    parser.add_argument(
+        "--work", type=Path, default=Path("results.work"), help="where models and chips are kept; pages may share it"
+    )
+    return parser
+
+
+def repeat(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that repeat a page, but for those that it alone has."""
+    words = [shown_model(options.model), "--data", options.shown_data or options.data]
+    if options.calibration is not None:
+        words += ["--calibration", options.shown_calibration or options.calibration]
+    words += ["--name", options.name, "--title", options.title]
+    words += ["--images", str(options.images), "--ratios", options.ratios]
+    return words + ([] if options.note is None else ["--note", options.note])
