@@ -10,7 +10,7 @@ import msgspec
 
 from rerampile.files import write_files
 from rerampile.runtime.pictures import render
-from rerampile.runtime.progressive import Measured, SearchStep
+from rerampile.runtime.progressive import Measured, Rules, SearchStep
 from rerampile.runtime.statistics import interval_of
 
 __all__ = ["SEARCH_FILES", "Outcome", "SearchReport", "beside", "steps_picture", "write_search"]
@@ -55,10 +55,16 @@ class SearchReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format"
         metric: The metric that was searched for.
         model: Name of the model.
         failure_rate: Failure rate a cell (or weight) of the chips.
+        faults: Their fault model in words, stuck values included.
+        seed: Seed of the chips of the selection; those that confirm and those of the final figures have the next two.
         mapping: Mapping scheme.
         scale: One scale a tensor or a channel.
         engine: Engine that pruned.
         structure: What was pruned.
+        protect: Layers that were not.
+        schedule: Ratios to try.
+        order: Which blocks were taken off the search first.
+        rules: What was accepted.
         selection: Data by which steps were judged.
         reported: Data of the final figures.
         steps: Every step, the unpruned start first.
@@ -73,10 +79,16 @@ class SearchReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format"
     metric: str
     model: str
     failure_rate: float
+    faults: str
+    seed: int
     mapping: str
     scale: str
     engine: str
     structure: str
+    protect: tuple[str, ...]
+    schedule: tuple[float, ...]
+    order: str
+    rules: Rules
     selection: str
     reported: str
     steps: list[SearchStep]
