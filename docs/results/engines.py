@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,25 +25,26 @@ from rerampile.runtime.pictures import render
 Found = dict[tuple[str, float], Pruned]
 
 
-def measure(options: argparse.Namespace) -> tuple[float, Found]:
-    """Return the accuracy of the dense model, percent, and every pruned one by engine and ratio."""
-    models = PrunedModels(options)
-    return models.dense.accuracy, {
+def measure(models: PrunedModels, options: argparse.Namespace) -> Found:
+    """Return every pruned model by engine and ratio."""
+    return {
         (engine, ratio): models.find(PruneRequest(ratios={"*": ratio}, engine=engine))
         for ratio in map(float, options.ratios.split(","))
         for engine in ENGINES
     }
 
 
-def page(dense: float, found: Found, options: argparse.Namespace) -> str:
+def page(dense: float, tested: int, found: Found, options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
+    spread = 196 * math.sqrt(dense / 100 * (1 - dense / 100) / tested)
     ratios = sorted({ratio for _, ratio in found})
     lines = [
         f"# {options.title}",
         "",
         f"Accuracy without faults, percent, after pruning at once from {options.images} training images, without",
         f"labels or training; {dense:.2f} % for the dense model. Every layer but the first and the last loses the same",
-        "share.",
+        f"share. {tested:,} test images tell {dense:.0f} % to ± {spread:.1f} points; two models on the same images are",
+        "compared better than that, but tenths of a point mean nothing.",
         "",
         f"![accuracy over pruning ratio]({options.name}.svg)",
         "",
@@ -85,8 +87,9 @@ def picture(dense: float, found: Found) -> Callable[[Any], None]:
 def main() -> None:
     """Measure, and write the page and its picture."""
     options = parser_of(__doc__, ratios="0.3,0.5,0.6,0.7,0.8,0.9").parse_args()
-    dense, found = measure(options)
-    (HERE / f"{options.name}.md").write_text(page(dense, found, options))
+    models = PrunedModels(options)
+    dense, found = models.dense.accuracy, measure(models, options)
+    (HERE / f"{options.name}.md").write_text(page(dense, models.tested, found, options))
     svg, _ = render(picture(dense, found))
     (HERE / f"{options.name}.svg").write_text(svg)
 

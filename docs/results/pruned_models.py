@@ -44,6 +44,9 @@ class PrunedModels:
 
     Args:
         options: See :func:`parser_of`.
+
+    Attributes:
+        tested: Images that accuracy is measured on.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ class PrunedModels:
         spec = options.calibration or training_split(options.data)
         session = open_session(options.model)
         self._data = open_dataset(spec, session, default_split="train", generate=options.images)
+        self.tested = len(open_dataset(options.data, session))
         identity = {"model": self._graph.model.sha256, "calibration": self._data.digest, "images": options.images}
         self._journal = Journal(options.work / "pruned.jsonl", {**identity, "data": options.data})
 
