@@ -21,10 +21,11 @@ from rerampile.command import (
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
+    from rerampile.training.stuck_weights import Defects
 
 __all__ = ["finetune"]
 
-_CHECKPOINT = "unfinished.safetensors"
+_RECORD, _CHECKPOINT = "training.json", "unfinished.safetensors"
 
 
 @click.command(
@@ -99,7 +100,7 @@ def finetune(
         import torch  # noqa: F401
     except ImportError:
         raise ConfigError("finetune: PyTorch is not installed; pip install 'rerampile[train]'") from None
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from rerampile.graph import ModelGraph
     from rerampile.onnx_file import load_model_file
@@ -124,9 +125,8 @@ def finetune(
         if faults is None
         else Defects(faults=faults, target=Target.load(target, settings), mapping=mapping, scale=scale),
     )
-    place = own_folder(
-        out or Path(f"{model.stem}.finetuned"), {MODEL, f"{MODEL}.data", MASKS, "training.json", _CHECKPOINT}
-    )
+    names = {MODEL, f"{MODEL}.data", MASKS, _RECORD, _CHECKPOINT}
+    place = own_folder(out or Path(f"{model.stem}.finetuned"), names | {f".{name}" for name in names})
     graph = ModelGraph(load_model_file(model))
     images = open_dataset(
         training_split(data["data"]),
@@ -149,11 +149,16 @@ def finetune(
         "format": "rerampile-training",
         "format_version": 1,
         "model": {"name": graph.model.name, "sha256": graph.model.sha256},
-        "data": {"name": images.name, "sha256": images.digest, "images": data["images"] or len(images)},
+        "data": {
+            "name": images.name,
+            "sha256": images.digest,
+            "images": min(data["images"] or len(images), len(images)),
+        },
+        "request": {**asdict(replace(request, defects=None)), "defects": _recorded(request.defects)},
         "epochs": [asdict(epoch) for epoch in found.epochs],
         "zeros": {name: int(kept.size - kept.sum()) for name, kept in found.kept.items()},
     }
-    write_pruned(place, found.model, found.kept, "training.json", record)
+    write_pruned(place, found.model, found.kept, _RECORD, record)
     (place / _CHECKPOINT).unlink()
     if as_json:
         print_json(record)
@@ -161,6 +166,14 @@ def finetune(
     zeros, weights = sum(int(k.size - k.sum()) for k in found.kept.values()), sum(k.size for k in found.kept.values())
     click.echo(f"zeros  {zeros:,} of {weights:,} weights in {len(found.kept)} layers")
     click.echo(f"model  {place / MODEL}")
+
+
+def _recorded(defects: Defects | None) -> dict[str, Any] | None:
+    """Return defects in plain data, None where none were drawn."""
+    if defects is None:
+        return None
+    rates = {"stuck_off": defects.faults.stuck_off, "stuck_on": defects.faults.stuck_on}
+    return {**rates, "mapping": defects.coding.scheme, "scale": defects.scale, "target": defects.target.to_dict()}
 
 
 def _say(epoch: int, epochs: int, done: int, images: int, loss: float) -> None:

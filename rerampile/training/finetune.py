@@ -7,7 +7,8 @@ that train other networks. Three things can be combined:
 * Weights that masks say, and those that are zero already, stay exactly zero.
 * ADMM with backpropagation (Zhang et al. 2018, the pruning of Yuan et al. 2021) for the first half of the epochs:
   weights are drawn to the nearest sparse ones, ``rho / 2 |W - Z + U|^2``, with ``Z`` and ``U`` renewed after each
-  epoch and a growing ``rho``; then the smallest go, and the other half trains what is left.
+  epoch and a growing ``rho``; then the smallest go, and the other half trains what is left. ``U`` is the multiplier
+  over ``rho``, so it shrinks as that grows (Boyd et al. 2011, section 3.4.1).
 * Random defects at every step (Kim et al. 2020): the loss is that of a chip with stuck cells, and its gradients go to
   the weights as if these had been read (:mod:`rerampile.training.stuck_weights`).
 """
@@ -25,10 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import TensorProto
 from torch.nn import functional
 
 from rerampile.editable_model import EditableModel
-from rerampile.errors import ConfigError, DataError
+from rerampile.errors import ConfigError, DataError, InternalError, ModelError
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
@@ -83,7 +85,8 @@ class Epoch:
     Attributes:
         loss: Mean cross-entropy, with defects where they were drawn.
         accuracy: Share of the images whose greatest output was the label's, percent, in training.
-        distance: For ADMM, the distance of the weights from the sparse ones over their own length; None otherwise.
+        distance: While ADMM lasts, how far the weights are from the nearest sparse ones, over their own length: what
+            would go if it ended here. None afterwards, and without it.
     """
 
     loss: float
@@ -150,7 +153,7 @@ class _Training:
         parameters: What is trained, by the name of its tensor in the model.
         kept: Which weights are not pruned, by the same names.
         admm: What draws weights to sparse ones; None where nothing does.
-        optimiser: What moves them; every parameter has a gradient, so that it knows all of them.
+        optimiser: What moves them; every parameter has a gradient, of zeros where the loss does not depend on it.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class _Training:
         _check(request, data)
         found, _ = find_layers(graph)
         self._layers = [layer for layer in found if not layer.integer]
+        _check_types(graph, self._layers)
         self._graph, self._data, self._request = graph, data, request
         self._images = min(len(data), images or len(data))
         self._editable = EditableModel(graph, self._layers)
@@ -174,6 +178,8 @@ class _Training:
             if request.defects is not None
             else {}
         )
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=request.learning_rate)
         self.experiment = self._hash(masks)
 
@@ -221,9 +227,12 @@ class _Training:
             loss = functional.cross_entropy(logits, labels)
             found = float(loss.detach())
             if not math.isfinite(found):
-                raise ConfigError(f"the loss is {found} in epoch {number + 1}; use a smaller --learning-rate")
-            self.optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+                raise ConfigError(
+                    f"the loss is {found} in epoch {number + 1}; use a smaller --learning-rate, or look for inputs "
+                    f"that are too large"
+                )
+            self.optimiser.zero_grad(set_to_none=False)
+            loss.backward()
             if self.admm is not None and alternating:
                 self.admm.pull(self.parameters, number)
             self.optimiser.step()
@@ -233,9 +242,12 @@ class _Training:
             done += len(labels)
             if progress is not None:
                 progress(number, request.epochs, int(done), self._images, total / done)
+        for name, parameter in self.parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise ConfigError(f"'{name}' is not finite after epoch {number + 1}; use a smaller --learning-rate")
         distance = None
         if self.admm is not None and alternating:
-            distance = self.admm.renew(self.parameters)
+            distance = self.admm.renew(self.parameters, number)
             if number == self.admm.epochs - 1:
                 self.kept.update(self.admm.supports(self.parameters, self.kept))
                 self._zero()
@@ -322,21 +334,27 @@ class _Admm:
 
     def pull(self, parameters: Mapping[str, torch.Tensor], number: int) -> None:
         """Add the gradient of ``rho / 2 |W - Z + U|^2``."""
-        share = number / max(1, self.epochs - 1)
-        rho = _RHO[0] * (_RHO[1] / _RHO[0]) ** share
+        rho = self._rho(number)
         for name, sparse in self.sparse.items():
             parameter = parameters[name]
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - sparse + self.duals[name], alpha=rho)
+            if parameter.grad is None:
+                raise InternalError(f"'{name}' has no gradient")
+            parameter.grad.add_(parameter.detach() - sparse + self.duals[name], alpha=rho)
 
-    def renew(self, parameters: Mapping[str, torch.Tensor]) -> float:
-        """Renew Z and U; return how far the weights are from Z, over their own length."""
+    def _rho(self, number: int) -> float:
+        """Return the pull of an epoch; it grows geometrically."""
+        return float(_RHO[0] * (_RHO[1] / _RHO[0]) ** (number / max(1, self.epochs - 1)))
+
+    def renew(self, parameters: Mapping[str, torch.Tensor], number: int) -> float:
+        """Renew Z and U after an epoch; return how far the weights are from sparse ones (:class:`Epoch`)."""
+        growth = self._rho(number + 1) / self._rho(number)
         far = length = 0.0
-        for name in self.sparse:
+        for name, duals in self.duals.items():
             weights = parameters[name].detach()
-            self.sparse[name] = self._nearest(name, weights + self.duals[name])
-            self.duals[name] = self.duals[name] + weights - self.sparse[name]
-            far += float(torch.sum((weights - self.sparse[name]) ** 2))
+            sparse = self._nearest(name, weights + duals)
+            self.sparse[name] = sparse
+            self.duals[name] = (duals + weights - sparse) / growth
+            far += float(torch.sum((weights - self._nearest(name, weights)) ** 2))
             length += float(torch.sum(weights**2))
         return math.sqrt(far / length) if length else 0.0
 
@@ -350,10 +368,20 @@ class _Admm:
 def _check(request: FinetuneRequest, data: Dataset) -> None:
     if data.kind != "labels":
         raise DataError(f"{data.name}: has no labels, expected labelled images to train with")
-    if request.epochs < 1 or request.batch < 1 or not 0 < request.learning_rate < math.inf:
-        raise ConfigError("expected at least one epoch, one image a step and a learning rate above 0")
+    if request.epochs < 1 or request.batch < 1 or not 0 < request.learning_rate <= 1:
+        raise ConfigError("expected at least one epoch, one image a step and a learning rate in (0, 1]")
     if request.ratios and request.epochs < 2:
         raise ConfigError("--prune: takes at least two epochs, one to draw the weights and one to train what is left")
+
+
+def _check_types(graph: ModelGraph, layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if layer.element_type != TensorProto.FLOAT:
+            kind = TensorProto.DataType.Name(layer.element_type).lower()
+            raise ModelError(
+                f"{graph.model.name}: layer '{layer.name}' computes in {kind}, expected float32; export the model in "
+                f"float32 (weights may be stored in other types, and cast)"
+            )
 
 
 def _image_input(function: TorchGraph, data: Dataset) -> str:

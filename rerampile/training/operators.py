@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import helper, numpy_helper
+from torch import Tensor
 from torch.nn import functional
 
 __all__ = ["OPERATORS", "Unsupported"]
 
-Tensor = torch.Tensor
 Inputs = Sequence[Any]
 Attributes = Mapping[str, Any]
 

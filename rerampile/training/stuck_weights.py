@@ -105,7 +105,8 @@ class StuckWeights:
         mean, spread = (
             np.where(on, getattr(cell.stuck_on, name), getattr(cell.stuck_off, name)) for name in ("mean", "spread")
         )
-        return np.maximum(mean + spread * random.standard_normal(count), 0).astype(np.float32)
+        drawn: Floats = np.maximum(mean + spread * random.standard_normal(count), 0).astype(np.float32)
+        return drawn
 
 
 def _hits(rate: float, count: int, random: np.random.Generator) -> Integers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from rerampile.cli import main
-from rerampile.errors import ConfigError, DataError
+from rerampile.errors import ConfigError, DataError, ModelError
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file, write_model_file
 from rerampile.runtime.dataset import ArrayDataset
@@ -27,7 +28,6 @@ from rerampile.training import finetune as module  # noqa: E402
 from rerampile.training.finetune import Finetuned, FinetuneRequest, finetune  # noqa: E402
 
 REQUEST = FinetuneRequest(epochs=3, batch=16, learning_rate=0.01)
-LARGE = "conv_weight", "gemm_weight"
 
 
 @pytest.fixture
@@ -45,7 +45,13 @@ def task(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(small_model: onnx.ModelProto) -> ModelGraph:
-    return ModelGraph(load_model_file(small_model))
+    """The small model, with weights as small as those that a training starts from."""
+    model = onnx.ModelProto()
+    model.CopyFrom(small_model)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(array / np.sqrt(array[0].size).astype(np.float32), tensor.name))
+    return ModelGraph(load_model_file(model))
 
 
 def open_task(graph: ModelGraph, path: Path) -> Any:
@@ -84,7 +90,7 @@ def test_masks_and_zeros_stay_zero(graph: ModelGraph, task: Path) -> None:
     from rerampile.passes.find_layers import find_layers
 
     layers = {layer.name: layer for layer in find_layers(graph)[0]}
-    conv, gemm = (next(layer for name, layer in layers.items() if part in name) for part in ("conv", "gemm"))
+    conv, gemm = layers["conv_weight"], layers["fc_weight"]
     rng = np.random.default_rng(0)
     mask = rng.random(conv.view.shape) < 0.5
     found = trained(graph, task, REQUEST, masks={conv.name: mask})
@@ -105,7 +111,7 @@ def test_admm_reaches_the_ratio(graph: ModelGraph, task: Path) -> None:
     assert len(found.kept) == 2
     distances = [epoch.distance for epoch in found.epochs]
     assert distances[4:] == [None] * 4
-    assert distances[3] < distances[0]  # type: ignore[operator]
+    assert distances[3] < distances[0] < 0.6  # type: ignore[operator]
     assert accuracy(found.model.proto, task) > 0.9
     protected = trained(graph, task, replace(request, protect=("first",)))
     assert len(protected.kept) == 1
@@ -113,7 +119,7 @@ def test_admm_reaches_the_ratio(graph: ModelGraph, task: Path) -> None:
 
 def test_what_is_trained_with_defects_tolerates_them(graph: ModelGraph, task: Path) -> None:
     """The same chips, of stuck cells drawn apart from those of the training."""
-    defects = Defects(faults=FaultModel.of_rate(0.1), mapping="two_column", scale="tensor")
+    defects = Defects(faults=FaultModel.of_rate(0.2), mapping="two_column", scale="tensor")
     plain, hard = (trained(graph, task, replace(REQUEST, epochs=12, defects=d)) for d in (None, defects))
 
     def faulty(found: Finetuned) -> float:
@@ -135,7 +141,9 @@ def test_what_is_trained_with_defects_tolerates_them(graph: ModelGraph, task: Pa
             scores.append(accuracy(proto, task))
         return float(np.mean(scores))
 
-    assert faulty(hard) > faulty(plain) + 0.03
+    wrong = 1 - faulty(plain)
+    assert wrong > 0.02
+    assert 1 - faulty(hard) < 0.5 * wrong
     assert hard.epochs[0].loss > plain.epochs[0].loss
 
 
@@ -171,6 +179,56 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(
         trained(graph, task, other, checkpoint=path)
 
 
+def test_what_the_first_output_does_not_depend_on_stays(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """A second head is no part of the loss: its weights stay, pruned ones apart, also after going on."""
+    rng = np.random.default_rng(0)
+    heads = {name: rng.standard_normal((4, 3), dtype=np.float32) for name in ("first", "second")}
+    model = parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        heads (float[N, 4] x) => (float[N, 3] y, float[N, 3] z) { y = MatMul (x, first)  z = MatMul (x, second) }
+        """,
+        **heads,
+    )
+    task = tmp_path / "heads.npz"
+    np.savez(task, x=rng.standard_normal((32, 4), dtype=np.float32), labels=rng.integers(3, size=32))
+    graph, path = ModelGraph(load_model_file(model)), tmp_path / "unfinished.safetensors"
+    found = trained(graph, task, REQUEST, checkpoint=path)
+    assert trained(graph, task, REQUEST, checkpoint=path).epochs == found.epochs
+    np.testing.assert_array_equal(weights(found)["second"], heads["second"])
+    assert not np.array_equal(weights(found)["first"], heads["first"])
+
+
+def test_float16(parse_model: Callable[..., onnx.ModelProto]) -> None:
+    """What is stored in float16 and cast is trained; what computes in it is refused."""
+    weight = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float16)
+    text = '<ir_version: 8, opset_import: ["" : 17]> g '
+    half = parse_model(text + "(float16[N, 4] x) => (float16[N, 3] y) { y = MatMul (x, w) }", w=weight)
+    cast = parse_model(
+        text + "(float[N, 4] x) => (float[N, 3] y) { v = Cast <to = 1> (w)  y = MatMul (x, v) }", w=weight
+    )
+    rng = np.random.default_rng(1)
+    arrays = {"x": rng.standard_normal((32, 4), dtype=np.float32)}
+    for model, kind in ((half, np.float16), (cast, np.float32)):
+        data = ArrayDataset(
+            name="d",
+            count=32,
+            rows=None,
+            fetch=lambda indices, kind=kind: {"x": arrays["x"][indices].astype(kind)},
+            hash_data=lambda found: None,
+            labels=rng.integers(3, size=32),
+        )
+        graph = ModelGraph(load_model_file(model))
+        if model is half:
+            with pytest.raises(ModelError, match="g: layer 'w' computes in float16, expected float32; export the"):
+                finetune(graph, data, REQUEST)
+        else:
+            found = finetune(graph, data, REQUEST)
+            assert found.epochs[-1].loss < found.epochs[0].loss
+
+
 def test_augmented_images_are_moved_and_mirrored() -> None:
     images = torch.arange(2 * 16 * 16, dtype=torch.float32).reshape(1, 2, 16, 16).expand(200, -1, -1, -1)
     found = module._augmented(images, np.random.default_rng(0)).numpy()
@@ -186,15 +244,16 @@ def test_augmented_images_are_moved_and_mirrored() -> None:
 def test_what_does_not_fit(graph: ModelGraph, task: Path) -> None:
     with pytest.raises(ConfigError, match="--prune: takes at least two epochs, one to draw the weights"):
         trained(graph, task, replace(REQUEST, epochs=1, ratios={"*": 0.5}))
-    with pytest.raises(ConfigError, match="expected at least one epoch, one image a step and a learning rate above 0"):
+    with pytest.raises(ConfigError, match="expected at least one epoch, one image a step and a learning rate in"):
         trained(graph, task, replace(REQUEST, learning_rate=0.0))
-    with pytest.raises(ConfigError, match=r"the loss is (nan|inf) in epoch \d; use a smaller --learning-rate"):
-        trained(graph, task, replace(REQUEST, learning_rate=1e30))
-    arrays = dict(np.load(task))
-    unlabelled = ArrayDataset("plain", {"image": arrays["image"]}, None)
+    data = open_task(graph, task)
+    huge = replace(data, fetch=lambda indices: {"image": np.full((len(indices), 3, 4, 4), 1e38, np.float32)})
+    with pytest.raises(ConfigError, match=r"the loss is (nan|inf) in epoch 1; use a smaller --learning-rate, or look"):
+        finetune(graph, huge, REQUEST)
+    unlabelled = replace(data, name="plain", labels=None)
     with pytest.raises(DataError, match="plain: has no labels, expected labelled images to train with"):
         finetune(graph, unlabelled, REQUEST)
-    many = ArrayDataset("many", {"image": arrays["image"]}, arrays["labels"] + 20)
+    many = replace(data, name="many", labels=data.labels + 20)
     with pytest.raises(
         DataError, match=r"many: labels up to 23 of 16 images, but the model's first output is \[16, 10\]"
     ):
@@ -215,8 +274,15 @@ def test_the_command(graph: ModelGraph, task: Path, tmp_path: Path) -> None:
         main, ["compile", str(out / "model.onnx"), "--masks", str(out / "masks.safetensors"), "-o", str(tmp_path / "d")]
     )
     assert compiled.exit_code == 0, compiled.output
-    again = CliRunner().invoke(main, [*words[:5], "--json", "-o", str(out)])
-    assert json.loads(again.stdout)["format"] == "rerampile-training"
+    assert record["data"]["images"] == 160
+    assert record["request"]["ratios"] == {"*": 0.5}
+    assert record["request"]["defects"]["stuck_on"] == pytest.approx(0.01 * 5.2 / 6.2)
+    (out / ".unfinished.safetensors").write_bytes(b"cut short")  # as a kill in the middle of writing leaves it
+    again = CliRunner().invoke(main, [*words[:6], "--images", "1000", "--json", "-o", str(out)])
+    assert again.exit_code == 0, again.output
+    record = json.loads(again.stdout)
+    assert (record["data"]["images"], record["request"]["defects"]) == (160, None)
+    assert sorted(path.name for path in out.iterdir()) == ["masks.safetensors", "model.onnx", "training.json"]
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
