@@ -106,7 +106,7 @@ def finetune(
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
     from rerampile.passes.prune import read_masks
-    from rerampile.runtime.data import open_dataset, training_split
+    from rerampile.runtime.data import open_dataset
     from rerampile.runtime.session import open_session
     from rerampile.target import Target
     from rerampile.training.finetune import FinetuneRequest
@@ -129,7 +129,7 @@ def finetune(
     place = own_folder(out or Path(f"{model.stem}.finetuned"), names | {f".{name}" for name in names})
     graph = ModelGraph(load_model_file(model))
     images = open_dataset(
-        training_split(data["data"]),
+        data["data"],
         open_session(model),
         data["preprocessing"],
         default_split="train",

@@ -260,16 +260,18 @@ class _Training:
     def _logits(self, batch: Batch, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of a batch, with stuck cells where they are asked for, and its labels."""
         count = len(batch.indices)
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(a[:count])) for name, a in batch.inputs.items()}
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.inputs.items()}
+        fed = len(inputs[self._input])  # more than there are where a fixed batch is filled up
         if self._request.augment:
             inputs[self._input] = _augmented(inputs[self._input], random)
         output = self._function.run(inputs, {name: self._read(name, random) for name in self.parameters})
         labels = torch.from_numpy(np.asarray(batch.targets)[:count].astype(np.int64))
-        if output.ndim != 2 or len(output) != count or int(labels.max()) >= output.shape[1]:
+        if output.ndim != 2 or len(output) != fed or int(labels.max()) >= output.shape[1]:
             raise DataError(
                 f"{self._data.name}: labels up to {int(labels.max())} of {count} images, but the model's first output "
                 f"is {list(output.shape)}, expected [images, classes]"
             )
+        output = output[:count]
         return (torch.log(output.clamp_min(1e-12)) if self._function.output_operator == "Softmax" else output), labels
 
     def _read(self, name: str, random: np.random.Generator) -> torch.Tensor:

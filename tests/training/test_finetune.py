@@ -201,6 +201,32 @@ def test_what_the_first_output_does_not_depend_on_stays(
     assert not np.array_equal(weights(found)["first"], heads["first"])
 
 
+def test_a_fixed_batch_that_does_not_divide_the_images(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """What the last batch is filled up with counts for nothing: the accuracy is of all images, each once."""
+    rng = np.random.default_rng(0)
+    model = parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[7, 4] x) => (float[7, 3] y) <int64[2] s = {7, 3}> { z = MatMul (x, w)  y = Reshape (z, s) }
+        """,
+        w=rng.standard_normal((4, 3), dtype=np.float32),
+    )
+    task = tmp_path / "task.npz"
+    images = rng.standard_normal((17, 4), dtype=np.float32)
+    np.savez(task, x=images, labels=rng.integers(3, size=17))
+    seen: list[int] = []
+    found = trained(
+        ModelGraph(load_model_file(model)),
+        task,
+        replace(REQUEST, epochs=1),
+        progress=lambda epoch, epochs, done, images, loss: seen.append(done),
+    )
+    assert seen == [7, 14, 17]
+    assert (found.epochs[0].accuracy * 17 / 100) == pytest.approx(round(found.epochs[0].accuracy * 17 / 100))
+
+
 def test_float16(parse_model: Callable[..., onnx.ModelProto]) -> None:
     """What is stored in float16 and cast is trained; what computes in it is refused."""
     weight = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float16)
@@ -283,6 +309,40 @@ def test_the_command(graph: ModelGraph, task: Path, tmp_path: Path) -> None:
     record = json.loads(again.stdout)
     assert (record["data"]["images"], record["request"]["defects"]) == (160, None)
     assert sorted(path.name for path in out.iterdir()) == ["masks.safetensors", "model.onnx", "training.json"]
+
+
+def test_the_split_that_is_named_is_the_one_that_trains(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """Five training files of two images and one of five: without a split it is the five."""
+    rng = np.random.default_rng(0)
+    model = parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 3, 32, 32] x) => (float[N, 10] y) { h = GlobalAveragePool (x)  f = Flatten (h)  y = MatMul (f, w) }
+        """,
+        w=rng.standard_normal((3, 10), dtype=np.float32),
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    for name, count in {**{f"data_batch_{n}": 2 for n in range(1, 6)}, "test_batch": 5}.items():
+        records = rng.integers(256, size=(count, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        (tmp_path / f"{name}.bin").write_bytes(records.tobytes())
+    words = [
+        "finetune",
+        str(tmp_path / "m.onnx"),
+        "--epochs",
+        "1",
+        "-q",
+        "--json",
+        "-o",
+        str(tmp_path / "out"),
+        "--data",
+    ]
+    for split, images in (("", 10), ("@data_batch_5", 2), ("@test", 5)):
+        found = CliRunner().invoke(main, [*words, f"cifar10:{tmp_path}{split}"])
+        assert found.exit_code == 0, found.output
+        assert json.loads(found.stdout)["data"]["images"] == images
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
