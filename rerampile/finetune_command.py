@@ -54,7 +54,12 @@ _RECORD, _CHECKPOINT = "training.json", "unfinished.safetensors"
 )
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="Passes over the images.")
 @click.option(
-    "--learning-rate", type=float, metavar="X", default=3e-4, show_default=True, help="Of the first step; falls to 0."
+    "--learning-rate",
+    type=float,
+    metavar="X",
+    default=3e-4,
+    show_default=True,
+    help="The largest; rises to it, and falls to 0.",
 )
 @click.option("--augment", is_flag=True, help="Mirror images at random, and move them by up to an eighth.")
 @defect_options

@@ -1,8 +1,8 @@
 """Training of a pruned model's weights: with masks, towards sparsity by ADMM, and with random defects.
 
-The loss is the cross-entropy of the labels; Adam, with a learning rate that falls to zero along a cosine. Batch
-normalisation is constant here, or folded into the weights, so that gradients have any size: plain SGD diverges at rates
-that train other networks. Three things can be combined:
+The loss is the cross-entropy of the labels; Adam, with a learning rate that rises for a tenth of the steps and falls to
+zero along a cosine. Batch normalisation is constant here, or folded into the weights, so that gradients have a size of
+their own in each model, and so would the learning rate of SGD. Three things can be combined:
 
 * Weights that masks say, and those that are zero already, stay exactly zero.
 * ADMM with backpropagation (Zhang et al. 2018, the pruning of Yuan et al. 2021) for the first half of the epochs:
@@ -44,6 +44,7 @@ from rerampile.training.torch_graph import TorchGraph
 
 __all__ = ["Epoch", "FinetuneRequest", "Finetuned", "finetune"]
 
+_RISE = 0.1  # share of a phase in which the learning rate rises: Adam's first steps move every weight by all of it
 _RHO = (0.01, 0.1)  # pull of ADMM in its first and its last epoch
 _FORMAT = "rerampile-training"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam knows of a parameter
@@ -60,7 +61,7 @@ class FinetuneRequest:
     Attributes:
         epochs: Passes over the images.
         batch: Images a step.
-        learning_rate: Of the first step.
+        learning_rate: The largest.
         augment: Whether images are mirrored at random, and moved by up to an eighth.
         seed: Of the order of the images, of that, and of defects.
         ratios: Share of the weights that goes by ADMM, by block or layer name pattern; empty for none.
@@ -222,7 +223,8 @@ class _Training:
         total = right = done = 0.0
         for batch in self._data.batches(request.batch, random.permutation(self._images)):
             share = (number - first + done / self._images) / (last - first)
-            self._learn_at(request.learning_rate * (1 + math.cos(math.pi * share)) / 2)
+            rise = min(1.0, (share + len(batch.indices) / self._images / (last - first)) / _RISE)
+            self._learn_at(request.learning_rate * rise * (1 + math.cos(math.pi * share)) / 2)
             logits, labels = self._logits(batch, random)
             loss = functional.cross_entropy(logits, labels)
             found = float(loss.detach())
