@@ -343,11 +343,3 @@ def test_the_split_that_is_named_is_the_one_that_trains(
         found = CliRunner().invoke(main, [*words, f"cifar10:{tmp_path}{split}"])
         assert found.exit_code == 0, found.output
         assert json.loads(found.stdout)["data"]["images"] == images
-
-
-def test_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    found = CliRunner().invoke(main, ["finetune", "m.onnx", "--data", "npz:x.npz", "-o", str(tmp_path / "out")])
-    assert found.exit_code == 1
-    assert "Error: finetune: PyTorch is not installed; pip install 'rerampile[train]'" in found.output
-    assert not (tmp_path / "out").exists()
