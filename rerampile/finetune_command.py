@@ -30,10 +30,10 @@ _RECORD, _CHECKPOINT = "training.json", "unfinished.safetensors"
 
 @click.command(
     epilog=examples(
-        "rerampile finetune model.pruned/model.onnx --data cifar10:DIR --augment",
-        "rerampile finetune model.onnx --masks masks.safetensors --data imagefolder:DIR",
-        "rerampile finetune model.onnx --prune 0.7 --epochs 10 --data cifar10:DIR --augment",
-        "rerampile finetune model.onnx --failure-rate 0.01 --data cifar10:DIR --augment",
+        "rerampile finetune model.onnx --data cifar10:DIR --augment",
+        "rerampile finetune model.onnx --masks FILE --data imagefolder:DIR",
+        "rerampile finetune model.onnx --prune 0.7 --epochs 10 --data cifar10:DIR",
+        "rerampile finetune model.onnx --failure-rate 0.01 --data cifar10:DIR",
     )
 )
 @click.argument("model", type=PATH)
