@@ -25,7 +25,7 @@ from rerampile.pruning import PrunedModel
 from rerampile.tensor_file import TensorFile, stores
 from rerampile.unit import Mask, Unit
 
-__all__ = ["Prune"]
+__all__ = ["Prune", "read_masks"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Prune:
         if unit.pruned is not None:
             return replace(unit, masks=_masks_of(unit.pruned, unit.layers))
         if unit.options.masks is not None:
-            return replace(unit, masks=_masks_from_file(unit.options.masks, unit.layers))
+            return replace(unit, masks=read_masks(unit.options.masks, unit.layers))
         ratios = asked_ratios(unit.options.prune, unit.layers)
         masks = {
             layer.name: Mask(kept=_largest(layer.matrix(unit.graph), ratio), source=f"magnitude {ratio:g}")
@@ -71,7 +71,7 @@ def _masks_of(pruned: PrunedModel, layers: Sequence[Layer]) -> dict[str, Mask]:
     return {layer.name: Mask(kept=layer.view.matrix(part.kept), source=pruned.source(part)) for layer, part in found}
 
 
-def _masks_from_file(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
+def read_masks(path: Path, layers: Sequence[Layer]) -> dict[str, Mask]:
     """Read the masks of a file, each matched with its layers by name and checked.
 
     An initializer that is read in two ways is two layers: a mask under its name goes for both, but where the file has

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "calibration_options",
     "data_options",
+    "defect_options",
     "effort_options",
     "execution_options",
     "family",
@@ -27,6 +28,7 @@ __all__ = [
     "numbers",
     "optional_calibration_options",
     "seed_option",
+    "training_data_options",
 ]
 
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
@@ -175,6 +177,18 @@ def _fault_rate(rate: float | None, **split: Any) -> FaultModel | None:
 fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rate)
 """Gives a command ``faults``: the fault model of one failure rate of independent cells, or None for the default."""
 
+defect_options = family(
+    (
+        click.option(
+            "--failure-rate", "rate", metavar="F", type=float, help="Fraction of cells that is stuck, others each step."
+        ),
+        *_KIND_OPTIONS,
+    ),
+    "faults",
+    _fault_rate,
+)
+"""The same for a command that trains with defects, or None for none."""
+
 # What they are measured on.
 
 _ADAPTERS = "cifar10:DIR or imagefolder:DIR (with @train or @test), coco:IMAGES,instances.json, npz:FILE"
@@ -240,6 +254,23 @@ calibration_options = _calibration_options(required=True)
 
 optional_calibration_options = _calibration_options(required=False)
 """The same for a command that may do without; the field ``data`` is then None."""
+
+training_data_options = family(
+    (
+        click.option(
+            "--data",
+            metavar="DATA",
+            required=True,
+            help=f"Images with labels: {_ADAPTERS}; @train where it has splits.",
+        ),
+        click.option("--images", type=click.IntRange(1), help="Use the first that many."),
+        *_IMAGE_OPTIONS[1:-1],
+        click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images a step."),
+    ),
+    "data",
+    _data,
+)
+"""Gives a command ``data``: what to train with, under the same names."""
 
 _METRIC_OPTIONS = (
     click.option(

@@ -31,6 +31,7 @@ from rerampile.command import (
 )
 from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
+from rerampile.finetune_command import finetune
 from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
 from rerampile.prune_command import prune, prune_file
@@ -486,5 +487,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (prune, search, validate, compare, predict, fault_maps):
+for command in (prune, finetune, search, validate, compare, predict, fault_maps):
     main.add_command(command)

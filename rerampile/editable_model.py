@@ -71,6 +71,10 @@ class EditableModel:
         """Return the name of a layer's weights in the copy."""
         return self._names[layer.name]
 
+    def bias_name(self, layer: Layer) -> str | None:
+        """Return the name of a layer's bias in the copy, None where :func:`can_shift` doesn't hold."""
+        return self._bias_names.get(layer.name)
+
     def set_weights(self, layer: Layer, matrix: Floats) -> None:
         """Give a layer other weights.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,17 +179,8 @@ def _write(place: Path, pruned: PrunedModel, request: PruneRequest) -> dict[str,
 
     import numpy as np
 
-    from rerampile.onnx_file import write_model_file
-    from rerampile.tensor_file import TensorWriter
+    from rerampile.pruned_folder import write_pruned
 
-    write_model_file(pruned.model, place / _MODEL)
-    temporary = place / f".{_MASKS}"
-    temporary.unlink(missing_ok=True)
-    specs = [(layer.tensor, np.bool_, layer.kept.shape) for layer in pruned.layers]
-    with TensorWriter(temporary, specs, {"format": "rerampile-masks"}) as writer:
-        for layer in pruned.layers:
-            writer.write(layer.tensor, layer.kept)
-    temporary.replace(place / _MASKS)
     record = {
         "format": "rerampile-pruning",
         "format_version": 1,
@@ -211,9 +201,7 @@ def _write(place: Path, pruned: PrunedModel, request: PruneRequest) -> dict[str,
         ],
         "left": pruned.left,
     }
-    temporary = place / f".{_RECORD}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(place / _RECORD)
+    write_pruned(place, pruned.model, {layer.tensor: layer.kept for layer in pruned.layers}, _RECORD, record)
     return record
 
 

@@ -270,17 +270,9 @@ class _LayerCells:
         values = np.empty((len(cells), count), np.float32)
         for value, cell in zip(values, cells, strict=True):
             value[:] = cell if table is None else table[cell]
-        values.reshape(-1)[stuck.part * count + at] = self._cell_values(stuck.conductance)
+        values.reshape(-1)[stuck.part * count + at] = self.coding.worth(stuck.conductance)
         difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
         return difference * self.gain[position // self.plan.inputs]
-
-    def _cell_values(self, conductance: Floats) -> Floats:
-        """Return what conductances are worth in a cell: themselves, or levels (fractions, or outside the range)."""
-        if not self.coding.integer:
-            return conductance
-        off, on = np.float32(self.coding.g_off), np.float32(self.coding.g_on)
-        steps = (self.coding.levels or 0) - 1
-        return ((conductance.astype(np.float64) - off) / (np.float64(on) - off) * steps).astype(np.float32)
 
     def _leaks(self, pair: Integers, value: Floats) -> Leaks | None:
         """Return leaks in order, added up for each pair of rows; without those that come to nothing.

@@ -22,6 +22,7 @@ FACES = {
     "rerampile.chips_progress",
     "rerampile.compare_command",
     "rerampile.fault_commands",
+    "rerampile.finetune_command",
     "rerampile.prune_command",
     "rerampile.asked_constraint",
     "rerampile.pruner",
@@ -173,24 +174,27 @@ def _part(name: str) -> str:
 def test_what_is_imported_is_installed_with_the_package(project_root: Path) -> None:
     """In a test environment anything may be there; a user has what pyproject.toml names, and what that brings.
 
-    What the extra `cluster` names is imported inside functions alone, which say so where it is not there.
+    What the extra `cluster` names is imported inside functions alone, which say so where it is not there. What `train`
+    names is imported in rerampile/training, which the command imports after it has looked for torch.
     """
     project = tomllib.loads((project_root / "pyproject.toml").read_text())["project"]
-    named, extra = (
+    extras = project["optional-dependencies"]
+    named, cluster, train = (
         {re.match(r"[\w-]+", need)[0].lower().replace("-", "_") for need in needs}
-        for needs in (project["dependencies"], project["optional-dependencies"]["cluster"])
+        for needs in (project["dependencies"], extras["cluster"], extras["train"])
     )
     named |= {"pil" if name == "pillow" else name for name in named} | {"google"}  # protobuf comes with onnx
     imported: set[str] = set()
     for folder in ("rerampile", "passes", "runtime"):
         for path in sorted((project_root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
+            everywhere = train if path.parent.name == "training" else set()
             for node in ast.walk(tree):
                 found: set[str] = set()
                 if isinstance(node, ast.Import):
                     found = {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                     found = {node.module.split(".")[0]}
-                imported |= found if node in tree.body else found - extra
+                imported |= (found if node in tree.body else found - cluster - train) - everywhere
     foreign = {name for name in imported if name not in sys.stdlib_module_names} - {"rerampile"}
     assert {name for name in foreign if name.lower() not in named} == set()

@@ -1,0 +1,121 @@
+"""Weights as a chip with random stuck cells reads them, drawn anew for every step of a training.
+
+After Kim et al. 2020: the network meets other defects at each step, so that no weight can rely on one cell. Cells are
+stuck independently, as in :mod:`rerampile.runtime.faults`; which array they lie on does not matter to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.errors import ConfigError
+from rerampile.layer import Layer
+from rerampile.passes.map import plain_coding
+from rerampile.runtime.faults import FaultModel
+from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, known_mapping
+from rerampile.target import Target
+
+__all__ = ["Defects", "StuckWeights"]
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defects:
+    """What chips suffer from, and how weights lie on them.
+
+    Attributes:
+        faults: Probabilities of stuck cells.
+        target: The hardware.
+        mapping: A scheme that does not depend on the faults, or None for the target's.
+        scale: One full scale a tensor or a channel.
+    """
+
+    faults: FaultModel
+    target: Target = field(default_factory=lambda: Target.load("paper"))
+    mapping: str | None = None
+    scale: Literal["tensor", "channel"] = "channel"
+
+    def __post_init__(self) -> None:
+        self.coding  # noqa: B018 - refuses what cannot be coded
+
+    @property
+    def coding(self) -> Coding:
+        """How a weight lies on its cells.
+
+        Raises:
+            ConfigError: That depends on the faults.
+        """
+        name = known_mapping(self.mapping or self.target.mapping)
+        if name in WEIGHED:
+            plain = ", ".join(scheme for scheme in SCHEMES if scheme not in WEIGHED)
+            raise ConfigError(f"--mapping {name}: cannot be trained with, expected {plain}")
+        scheme: Scheme = name  # type: ignore[assignment]
+        return plain_coding(self.target, scheme)
+
+
+class StuckWeights:
+    """Draws the weights of one layer that stuck cells change.
+
+    Args:
+        defects: What happens.
+        layer: The layer.
+    """
+
+    def __init__(self, defects: Defects, layer: Layer) -> None:
+        self._defects, self._coding, self._view = defects, defects.coding, layer.view
+        self._factor = layer.fold_factor()
+        places = np.arange(int(np.prod(layer.view.shape)), dtype=np.int64).reshape(layer.view.tensor_shape)
+        self._places = layer.view.matrix(places).reshape(-1)  # of each weight of the matrix in the tensor
+
+    def draw(self, tensor: Floats, random: np.random.Generator) -> tuple[Integers, Floats]:
+        """Return which weights change, as flat positions in the layer's tensor, and what they become.
+
+        Args:
+            tensor: The layer's weights as its node reads them, float32.
+            random: What the draws come from.
+        """
+        matrix = self._view.matrix(tensor)
+        matrix = matrix if self._factor is None else matrix * self._factor
+        scale = np.abs(matrix).max(axis=1)
+        gain = self._coding.gain(np.full_like(scale, scale.max()) if self._defects.scale == "tensor" else scale)
+        parts = self._coding.slices * self._coding.cells
+        cell = _hits(self._defects.faults.rate, matrix.size * parts, random)
+        changed, at = np.unique(cell // parts, return_inverse=True)
+        row = changed // matrix.shape[1]
+        cells = self._coding.encode(matrix.reshape(-1)[changed, None], gain[row])
+        table = self._coding.cell_values
+        values = (cells if table is None else table[cells]).astype(np.float32).reshape(parts, -1)
+        values[cell % parts, at] = self._coding.worth(self._stuck(len(cell), random))
+        read = self._coding.combine(values.reshape(*cells.shape[:2], -1)) * gain[row]
+        if self._factor is not None:
+            factor = np.broadcast_to(self._factor, matrix.shape)[row, changed % matrix.shape[1]]
+            read = np.divide(read, factor, out=np.zeros_like(read), where=factor != 0)
+        return self._places[changed], read
+
+    def _stuck(self, count: int, random: np.random.Generator) -> Floats:
+        """Return what some stuck cells conduct, siemens: normal around the target's mean, and never negative."""
+        faults, cell = self._defects.faults, self._defects.target.cell
+        on = random.random(count) * faults.rate < faults.stuck_on
+        mean, spread = (
+            np.where(on, getattr(cell.stuck_on, name), getattr(cell.stuck_off, name)) for name in ("mean", "spread")
+        )
+        drawn: Floats = np.maximum(mean + spread * random.standard_normal(count), 0).astype(np.float32)
+        return drawn
+
+
+def _hits(rate: float, count: int, random: np.random.Generator) -> Integers:
+    """Return which of ``range(count)`` are hit, each with a probability of ``rate``, ascending."""
+    found: list[npt.NDArray[Any]] = [np.zeros(0, np.int64)]
+    last = -1
+    while rate > 0 and last < count:
+        gaps = random.geometric(rate, size=int(count * rate) + 64)
+        found.append(last + np.cumsum(gaps))
+        last = int(found[-1][-1])
+    hits = np.concatenate(found)
+    return hits[hits < count]

@@ -1,0 +1,103 @@
+"""Defects that are drawn in training are those of chips."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from rerampile.errors import ConfigError
+from rerampile.graph import ModelGraph
+from rerampile.layer import Layer
+from rerampile.onnx_file import load_model_file
+from rerampile.passes.find_layers import find_layers
+from rerampile.runtime.faults import FaultModel
+from rerampile.target import Target
+from rerampile.training.stuck_weights import Defects, StuckWeights
+
+SCHEMES = ("two_column", "differential", "offset", "balanced")
+
+
+def layer_of(rows: int, columns: int) -> Layer:
+    """A MatMul, whose tensor is its matrix transposed."""
+    weights = np.zeros((columns, rows), np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", columns])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", rows])],
+        [onnx.numpy_helper.from_array(weights, "W")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    (layer,), _ = find_layers(ModelGraph(load_model_file(model)))
+    return layer
+
+
+def expected_error(scheme: str, u: np.ndarray, off: float, on: float) -> np.ndarray:
+    """Mean squared error of normalised weights, by adding up the nine states of a pair (or three of one cell)."""
+    plus, minus = {
+        "two_column": (np.maximum(u, 0), np.maximum(-u, 0)),
+        "differential": (1 - np.maximum(-u, 0), 1 - np.maximum(u, 0)),
+        "balanced": ((1 + u) / 2, (1 - u) / 2),
+        "offset": ((1 + u) / 2, np.full_like(u, 0.5)),
+    }[scheme]
+    total, cells = np.zeros_like(u), 1 if scheme == "offset" else 2
+    states = [(1 - off - on, None), (off, 0.0), (on, 1.0)]
+    scale = 2 if scheme in ("offset",) else 1
+    for p, a in states:
+        for q, b in states if cells == 2 else [(1.0, None)]:
+            read = (plus if a is None else a) - (minus if b is None else b)
+            total += p * q * (scale * read - u) ** 2
+    return total
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+def test_moments_are_those_of_the_cells(scheme: str, scale: str) -> None:
+    rng = np.random.default_rng(3)
+    faults = FaultModel(stuck_off=0.02, stuck_on=0.05)
+    stuck = StuckWeights(Defects(faults=faults, mapping=scheme, scale=scale), layer_of(8, 50))  # type: ignore[arg-type]
+    tensor = rng.standard_normal((50, 8)).astype(np.float32)
+    tensor[:5] = 0
+    largest = np.abs(tensor).max(axis=0) if scale == "channel" else np.full(8, np.abs(tensor).max())
+    squares, hits, draws = np.zeros_like(tensor), 0, 3000
+    for _ in range(draws):
+        index, value = stuck.draw(tensor, rng)
+        assert (np.diff(np.sort(index)) > 0).all()
+        read = tensor.reshape(-1).copy()
+        read[index] = value
+        squares += (read.reshape(tensor.shape) - tensor) ** 2 / draws
+        hits += len(index)
+    wanted = expected_error(scheme, tensor / largest, 0.02, 0.05) * largest**2
+    np.testing.assert_allclose(squares.sum(axis=0), wanted.sum(axis=0), rtol=0.04)
+    share = 0.07 if scheme == "offset" else 1 - 0.93**2
+    assert abs(hits / draws - share * 400) < 5 * np.sqrt(share * 400 / draws)
+
+
+def test_no_faults_and_all_cells_stuck() -> None:
+    tensor = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    index, _ = StuckWeights(Defects(faults=FaultModel(stuck_off=0, stuck_on=0)), layer_of(4, 6)).draw(tensor, rng)
+    assert len(index) == 0
+    stuck = StuckWeights(Defects(faults=FaultModel(stuck_off=1, stuck_on=0), mapping="two_column"), layer_of(4, 6))
+    index, value = stuck.draw(tensor, rng)
+    assert sorted(index) == list(range(24))
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+
+
+def test_levels_and_stuck_values_of_the_target() -> None:
+    """A cell stuck on at twice the range, on cells of 16 levels."""
+    g_on = Target.load("paper").cell.g_on
+    target = Target.load("paper", {"cell.levels": 16, "cell.stuck_on.mean": 2 * g_on})
+    g_off = target.cell.g_off
+    stuck = StuckWeights(
+        Defects(faults=FaultModel(stuck_off=0, stuck_on=1), target=target, mapping="offset"), layer_of(1, 2)
+    )
+    _, value = stuck.draw(np.array([[1.0], [-1.0]], np.float32), np.random.default_rng(0))
+    steps = 15 * (2 * g_on - g_off) / (g_on - g_off)
+    np.testing.assert_allclose(value, (steps - 8) / 7, rtol=1e-5)
+
+
+def test_mappings_that_depend_on_faults() -> None:
+    with pytest.raises(ConfigError, match="--mapping auto: cannot be trained with, expected two_column, differential"):
+        Defects(faults=FaultModel.of_rate(0.01), mapping="auto")
