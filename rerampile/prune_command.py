@@ -160,11 +160,11 @@ def prune_file(
 
 def open_calibration(model: Path, data: dict[str, Any]) -> Dataset:
     """Open what the calibration options name, for a model file."""
-    from rerampile.runtime.data import open_dataset, training_split
+    from rerampile.runtime.data import open_dataset
     from rerampile.runtime.session import open_session
 
     return open_dataset(
-        training_split(data["data"]),
+        data["data"],
         open_session(model),
         data["preprocessing"],
         default_split="train",

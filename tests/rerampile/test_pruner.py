@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 from safetensors.numpy import load_file
 
 from rerampile import ConfigError, compile_model, load_deployment
@@ -20,9 +21,11 @@ from rerampile.editable_model import EditableModel, can_shift
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes.find_layers import find_layers
+from rerampile.prune_command import open_calibration
 from rerampile.pruner import prune_model, remove_checkpoint
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.data import Dataset, open_dataset
+from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.target import Target
 
 IMAGES = 96
@@ -335,3 +338,16 @@ def test_other_files_stay(path: Path, tmp_path: Path) -> None:
 def test_nothing_is_left_to_choose_for_an_unknown_engine(graph: ModelGraph, data: Dataset) -> None:
     with pytest.raises(ConfigError, match="pruning method obs: no such engine"):
         prune_model(graph, data, PruneRequest(ratios={"*": 0.5}, engine="obs"))
+
+
+def test_calibration_is_the_split_that_is_named(small_model_file: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for label in "ab":
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number}.png")
+    data = {"preprocessing": Preprocessing(), "images": None, "skip_bad": False}
+    for end, count in (("", 6), ("@train", 6), ("@test", 4)):
+        spec = f"imagefolder:{tmp_path / 'images'}{end}"
+        assert len(open_calibration(small_model_file, {"data": spec, **data})) == count
