@@ -161,7 +161,7 @@ _RATE_OPTION = click.option(
     "rate",
     metavar="F",
     type=float,
-    help=f"Fraction of cells that is stuck, for mappings optimal and auto.  [default: {_DEFAULT_RATES[0]}]",
+    help=f"Fraction of cells that is stuck, for mappings optimal and auto, and --clip.  [default: {_DEFAULT_RATES[0]}]",
 )
 
 

@@ -33,7 +33,7 @@ from rerampile.compare_command import compare
 from rerampile.fault_commands import fault_maps
 from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
-from rerampile.prune_command import prune, prune_file
+from rerampile.prune_command import open_calibration, prune, prune_file
 from rerampile.search_command import search
 from rerampile.validate_command import validate
 
@@ -170,6 +170,7 @@ def main() -> None:
         "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
         "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
+        "rerampile compile m.onnx --clip --failure-rate 0.01 --calibration npz:F",
     ),
 )
 @click.argument("model", type=PATH)
@@ -195,6 +196,12 @@ def main() -> None:
     help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
+@click.option(
+    "--clip",
+    is_flag=True,
+    help="Full scales of the least expected output error on --calibration, clipping the largest weights, in place of "
+    "the largest weights.",
+)
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
@@ -236,6 +243,7 @@ def compile_(
     faults: FaultModel | None,
     current_weight: float,
     scale: Literal["channel", "tensor"],
+    clip: bool,
     prune: float | dict[str, float] | None,
     prune_method: str | None,
     data: dict[str, Any],
@@ -253,10 +261,15 @@ def compile_(
 
     MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
     """
-    from rerampile.compiler import compile_model
+    from rerampile.compiler import CLIP_IMAGES, compile_model
     from rerampile.target import Target
 
-    if (prune_method is None) != (data["data"] is None):
+    if clip and data["data"] is None:
+        raise click.UsageError(
+            "--clip: expected --calibration DATA, which shows how much each weight does; where all count alike, "
+            "clipping can do more harm than faults"
+        )
+    if (prune_method is None) != (data["data"] is None) and not clip:
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
@@ -264,8 +277,9 @@ def compile_(
     resolved = Target.load(target, settings)
     weighed = (mapping or resolved.mapping) in _WEIGHED
     if not weighed:
+        names = ("current_weight",) if clip else ("rate", "off_on", "stuck_off", "stuck_on", "current_weight")
         reason = f"no effect on mapping {mapping or resolved.mapping}; use it with {' or '.join(_WEIGHED)}"
-        refuse_given(ctx, ("rate", "off_on", "stuck_off", "stuck_on", "current_weight"), reason)
+        refuse_given(ctx, names, reason)
     if verbose:
         _say_versions()
     pruned = None if prune_method is None else _pruned(model, prune, prune_method, data, out, quiet)
@@ -275,9 +289,11 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed else None,
+            faults=faults if weighed or clip else None,
             current_weight=current_weight,
             scale=scale,
+            clip=open_calibration(model, data) if clip else None,
+            clip_images=data["images"] or CLIP_IMAGES,
             prune=None if pruned else prune,
             masks=masks,
             pack=pack,

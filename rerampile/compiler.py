@@ -15,12 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError
 from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
+from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
@@ -28,18 +31,23 @@ from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import WEIGHED, MappingName, known_mapping
 from rerampile.target import Target
-from rerampile.unit import CompileOptions, Pass, Unit
+from rerampile.unit import CompileOptions, InputMoments, Pass, Unit
 
 if TYPE_CHECKING:
+    from rerampile.runtime.dataset import Dataset
     from rerampile.runtime.faults import FaultModel
 
-__all__ = ["PASSES", "Progress", "check_replaceable", "compile_model"]
+__all__ = ["CLIP_IMAGES", "PASSES", "Progress", "check_replaceable", "compile_model"]
 
 PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
 """Every pass of a compilation, in order."""
 
+CLIP_IMAGES = 256
+"""Calibration images that full scales are chosen from, if nothing else is asked for."""
+
 _LEAST_RATE = 1e-9  # less is none, and overflows
 
+Doubles = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str, float | None, Mapping[str, Any]], None]
 
 
@@ -52,6 +60,8 @@ def compile_model(
     faults: FaultModel | None = None,
     current_weight: float = 0.0,
     scale: Literal["tensor", "channel"] = "channel",
+    clip: Dataset | None = None,
+    clip_images: int = CLIP_IMAGES,
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
@@ -69,9 +79,13 @@ def compile_model(
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
-        faults: For ``optimal`` and ``auto``, how likely a cell is stuck; a failure rate of 0.001 where None.
-        current_weight: For the same, how much squared error, in full scales, a unit of read current is worth.
+        faults: For ``optimal``, ``auto`` and ``clip``, how likely a cell is stuck; a failure rate of 0.001 where None.
+        current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
+            worth.
         scale: One full scale for each tensor, or for each output channel.
+        clip: Calibration images, targets not needed, on which each full scale is to have the least expected error;
+            None for the largest weights as full scales.
+        clip_images: How many of the images to use at most, spread over the data.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
@@ -93,8 +107,9 @@ def compile_model(
     known = known_mapping(mapping or resolved.mapping)
     options = CompileOptions(
         mapping=known,
-        **_weighing(known, faults, current_weight),
+        **_weighing(known, faults, current_weight, clip=clip is not None),
         scale=_known_scale(scale),
+        clip={} if clip is None else {"data": clip.name, "images": min(len(clip), clip_images)},
         prune=_ratios(prune),
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
@@ -124,8 +139,24 @@ def compile_model(
                 folder=folder,
                 pruned=pruned,
             )
+            if clip is not None:
+                unit = dataclasses.replace(unit, moments=_input_moments(unit.graph, clip, clip_images))
             _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
+
+
+def _input_moments(graph: ModelGraph, data: Dataset, images: int) -> InputMoments:
+    """Return what gives the second moments of layers' inputs on calibration images."""
+    from rerampile.runtime.dataset import spread
+    from rerampile.runtime.second_moments import second_moments
+
+    chosen = spread(len(data), min(len(data), images))
+
+    def moments(layers: Sequence[Layer]) -> tuple[Mapping[str, Doubles], Mapping[str, str]]:
+        found, reasons = second_moments(graph, layers, data, chosen)
+        return {name: each.moment / each.count for name, each in found.items()}, reasons
+
+    return moments
 
 
 def _loaded(model: str | os.PathLike[str] | onnx.ModelProto | PrunedModel) -> ModelFile:
@@ -306,30 +337,34 @@ def _move_into_place(folder: Path, out: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _weighing(mapping: MappingName, faults: FaultModel | None, current_weight: float) -> dict[str, float]:
-    """Return the options that weigh schemes, for mappings that depend on them.
+def _weighing(
+    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, clip: bool
+) -> dict[str, float]:
+    """Return the options that weigh schemes and full scales, where the mapping or clipping depends on them.
 
     Raises:
-        ConfigError: They are out of range, or the mapping does not depend on them.
+        ConfigError: They are out of range, or nothing depends on them.
     """
-    if mapping not in WEIGHED:
+    if mapping not in WEIGHED and (not clip or current_weight):
         if faults is None and not current_weight:
             return {}
+        given = "current weights" if clip else "fault probabilities and current weights"
         raise ConfigError(
-            f"mapping '{mapping}' is the same for all fault probabilities and current weights, expected none; leave "
-            f"them out, or use {' or '.join(WEIGHED)}"
+            f"mapping '{mapping}' is the same for all {given}, expected none; leave them out, or use "
+            f"{' or '.join(WEIGHED)}"
         )
+    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip"
     from rerampile.runtime.faults import FaultModel  # brings half of scipy
 
     faults = faults or FaultModel.of_rate(0.001)
     if not _LEAST_RATE <= faults.rate <= 1 - _LEAST_RATE:
         raise ConfigError(
-            f"mapping '{mapping}': {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where one "
-            f"scheme is better than another; give --failure-rate, or --stuck-off and --stuck-on"
+            f"{what}: {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where there is "
+            f"something to weigh; give --failure-rate, or --stuck-off and --stuck-on"
         )
     if faults.rate_unit != "cell":
         raise ConfigError(
-            f"mapping '{mapping}': a failure rate of a {faults.rate_unit}, expected one of a cell; leave out "
+            f"{what}: a failure rate of a {faults.rate_unit}, expected one of a cell; leave out "
             f"--rate-unit {faults.rate_unit}"
         )
     if not 0 <= current_weight <= 1:

@@ -22,6 +22,7 @@ __all__ = [
     "FORMAT_VERSION",
     "NO_SHA256",
     "ArrayPlan",
+    "ClipPlan",
     "Conventions",
     "DigitalPlan",
     "FileRecord",
@@ -231,6 +232,29 @@ class MappingChoice(_Record, kw_only=True, frozen=True):
     estimates: list[SchemeEstimate]
 
 
+class ClipPlan(_Record, kw_only=True, frozen=True):
+    """How a layer's full scales were chosen.
+
+    Errors are of the layer's products on the calibration images, squared, as a share of the squared products of the
+    weights before clipping.
+
+    Attributes:
+        clipped: Weights that were larger than the full scale, and are held as large as it.
+        full_scale: Full scale as a share of the largest magnitude that it is for, mean over the outputs.
+        output_change: What clipping changes where no cell is stuck.
+        error: Expected with stuck cells, clipping included; null where no scale was chosen.
+        error_unclipped: The same where every full scale is the largest magnitude.
+        reason: Why no scale was chosen; null where one was.
+    """
+
+    clipped: Count
+    full_scale: float
+    output_change: float
+    error: float | None
+    error_unclipped: float | None
+    reason: str | None
+
+
 class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells.
 
@@ -265,6 +289,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         mean_cell_conductance: Mean over the layer's cells that sit on arrays, siemens; 0 where none does.
         choice: Why the layer has its scheme; null where the options name it, without regard to how likely cells are
             stuck.
+        clip: How its full scales were chosen; left out where they are the largest magnitudes.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -298,6 +323,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     decoded_sha256: Sha256
     mean_cell_conductance: float
     choice: MappingChoice | None = None
+    clip: ClipPlan | msgspec.UnsetType = msgspec.UNSET
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, MappingChoice, Plan, Region
+from rerampile.plan import ArrayPlan, ClipPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName
 from rerampile.target import Target
 
-__all__ = ["CompileOptions", "MappedLayer", "Mask", "Pass", "Unit"]
+__all__ = ["CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,12 @@ class CompileOptions:
 
     Attributes:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
-        stuck_off: Probability that a cell is stuck off, for mappings that depend on it; None for the others.
+        stuck_off: Probability that a cell is stuck off, where the mapping or clipping depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
         current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        clip: What full scales below the largest weights were chosen from: the ``data`` and how many ``images``; empty
+            where they were not.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
@@ -47,6 +49,7 @@ class CompileOptions:
     stuck_on: float | None = None
     current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
+    clip: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, float] = field(default_factory=dict)
     pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
@@ -80,6 +83,9 @@ class MappedLayer:
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
         zeros: Number of zero weights.
         choice: Why the layer has its scheme, for mappings that weigh schemes.
+        limit: float32 [groups * outputs], what weights are clipped to, infinite where nothing is clipped; None where
+            nothing of the layer is.
+        clip: How full scales were chosen, where that was asked for.
     """
 
     coding: Coding
@@ -87,6 +93,11 @@ class MappedLayer:
     nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
     zeros: int
     choice: MappingChoice | None = None
+    limit: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    clip: ClipPlan | None = None
+
+
+InputMoments = Callable[[Sequence[Layer]], tuple[Mapping[str, npt.NDArray[np.float64]], Mapping[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +111,8 @@ class Unit:
         options: What the user asked for.
         folder: Where the deployment is being written (a temporary folder until it is whole).
         pruned: What was pruned before, with weights of its own, or None; its model is :attr:`model`.
+        moments: Gives E[x x^T] of the inputs of some layers on calibration images, float64 [groups, inputs, inputs] by
+            layer name, and the reason for each layer whose inputs cannot be seen; None where there are no images.
         layers: Filled by *find layers*.
         digital: Filled by *find layers*.
         masks: By layer name, filled by *prune*.
@@ -118,6 +131,7 @@ class Unit:
     options: CompileOptions
     folder: Path
     pruned: PrunedModel | None = None
+    moments: InputMoments | None = field(default=None, repr=False)
     layers: tuple[Layer, ...] = ()
     digital: tuple[DigitalOperation, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
@@ -130,21 +144,30 @@ class Unit:
     plan: Plan | None = None
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
-        """Return the weights to hold, folded and pruned, float32 [groups * outputs, inputs]; read anew each time."""
+        """Return the weights to hold, folded, pruned and, once mapped, clipped; read anew each time.
+
+        They are float32 [groups * outputs, inputs].
+        """
         return self.weight_rows(layer)(slice(None))
 
     def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
-        """Return a reader of some rows of :meth:`weights`, which folds and prunes those rows alone."""
+        """Return a reader of some rows of :meth:`weights`, which folds, prunes and clips those rows alone."""
         original, mask = layer.original_rows(self.graph), self.masks.get(layer.name)
+        limit = self.limit(layer)
         factor = layer.fold_factor()
         factors = None if factor is None else np.broadcast_to(factor, layer.view.shape)
 
         def read(rows: slice) -> npt.NDArray[np.float32]:
             part = original(rows)
             part = part if factors is None else np.multiply(part, factors[rows], dtype=np.float32)
-            return part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
+            part = part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
+            return part if limit is None else np.clip(part, -limit[rows, None], limit[rows, None])
 
         return read
+
+    def limit(self, layer: Layer) -> npt.NDArray[np.float32] | None:
+        """Return what the weights of each output are clipped to, float32 [groups * outputs], or None."""
+        return self.mapped[layer.name].limit if layer.name in self.mapped else None
 
 
 class Pass(Protocol):

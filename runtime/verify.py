@@ -218,17 +218,25 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
 
 
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
-    """Open the user's own model, with masks applied where there are any, as converted where it was too old to run."""
+    """Open the user's own model, pruned and clipped where it is, as converted where it was too old to run."""
     model = unit.model
-    if not unit.masks and model.converted_from_opset is None:  # the model itself, not what we make of it
+    changed = unit.masks or any(unit.limit(layer) is not None for layer in unit.layers)
+    if not changed and model.converted_from_opset is None:  # the model itself, not what we make of it
         return open_session(model.path if model.path is not None else model.proto.SerializeToString())
     return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
 def _pruned(unit: Unit, layer: Layer) -> npt.NDArray[np.float32]:
+    """Return the weights to hold, folds divided out again: pruned and clipped, as the user's graph reads them."""
     matrix = layer.original_matrix(unit.graph)
-    mask = unit.masks.get(layer.name)
-    return matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+    mask, limit = unit.masks.get(layer.name), unit.limit(layer)
+    matrix = matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+    if limit is None:
+        return matrix
+    factor = layer.fold_factor()
+    size = np.ones(1, np.float32) if factor is None else np.abs(factor)
+    bound = np.divide(limit[:, None], size, out=np.full(matrix.shape, np.inf, np.float32), where=size > 0)
+    return np.clip(matrix, -bound, bound)
 
 
 def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.float32]:
