@@ -420,7 +420,10 @@ def verify(folder: Path, as_json: bool) -> None:
     help="Write the cells of that array, [rows, columns], spare ones included.",
 )
 @click.option(
-    "-v", "--verbose", is_flag=True, help="List every array and every digital node, and what schemes were weighed."
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="List every array and every digital node, and what schemes and full scales were weighed.",
 )
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
@@ -432,7 +435,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_choices
+        from rerampile.show_mapping import show_choices, show_clips
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -443,6 +446,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
             if verbose:
                 show_choices(console(), read)
+                show_clips(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

@@ -218,4 +218,11 @@ def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Pa
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["layers"][0]["clip"]["clipped"] > 0
     assert f"clipped {plan['layers'][0]['clip']['clipped']}" in done.stderr
+    assert (
+        f"clipped  {plan['layers'][0]['clip']['clipped']} weights; that changes the outputs of 'W' most" in done.stdout
+    )
+    shown = CliRunner().invoke(main, ["show", str(tmp_path / "out"), "-v"]).stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("W ") and line.count("%") == 4)
+    assert line.split()[1] == str(plan["layers"][0]["clip"]["clipped"])
+    assert f"{plan['layers'][0]['clip']['error']:.3%}" in line
     assert plan["options"]["stuck_on"] == pytest.approx(0.03 * 5.2 / 6.2)
