@@ -13,38 +13,41 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.layer import Layer
+from rerampile.passes.correct import shared_moment
 from rerampile.passes.full_scale import FaultNoise, Losses, losses_of
 from rerampile.passes.weigh import placed, stuck_cell
 from rerampile.plan import ClipPlan
-from rerampile.unit import MappedLayer, Unit
+from rerampile.unit import InputMoments, MappedLayer, Unit
 
 __all__ = ["clipped", "unclipped"]
 
 Doubles = npt.NDArray[np.float64]
 
 
-def unclipped(mapped: MappedLayer, reason: str) -> MappedLayer:
-    """Return a layer as it is, with the reason why nothing of it is clipped."""
+def unclipped(unit: Unit, mapped: MappedLayer, reason: str) -> MappedLayer:
+    """Return a layer as it is, with the reason why nothing of it is clipped where that was asked for."""
+    if not unit.options.clip:
+        return mapped
     clip = ClipPlan(clipped=0, full_scale=1.0, output_change=0.0, error=None, error_unclipped=None, reason=reason)
     return replace(mapped, clip=clip)
 
 
-def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, moment: Doubles) -> MappedLayer:
+def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments) -> MappedLayer:
     """Return a layer with the full scales of the least expected error.
 
     Args:
         unit: The compilation, up to *prune*.
         layer: The layer.
         mapped: How its weights become cells, with the largest magnitudes as full scales.
-        moment: E[x x^T] of its inputs, float64 [groups, inputs, inputs].
+        seen: Moments of its inputs.
     """
     weights = unit.weights(layer).astype(np.float64)
-    losses = _losses(unit, layer, mapped, weights, moment)
+    losses = _losses(unit, layer, mapped, weights, seen)
     scale, error, before = losses.least()
     below = np.broadcast_to(scale < losses.top, len(weights))
     gain = np.where(below, mapped.coding.gain(np.broadcast_to(scale, len(weights))), mapped.gain)
     limit = np.where(below, gain * np.float32(mapped.coding.span), np.float32(np.inf))
-    energy, change = _energies(layer, weights, limit, moment)
+    energy, change = _energies(layer, weights, limit, seen.square)
     return replace(
         mapped,
         gain=gain,
@@ -60,15 +63,20 @@ def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, moment: Doubles) -> M
     )
 
 
-def _losses(unit: Unit, layer: Layer, mapped: MappedLayer, weights: Doubles, moment: Doubles) -> Losses:
+def _losses(unit: Unit, layer: Layer, mapped: MappedLayer, weights: Doubles, seen: InputMoments) -> Losses:
     """Return the expected errors of the outputs, or of all of them as one where they share a full scale."""
     noise = FaultNoise.of(mapped.coding, stuck_cell(unit, mapped.coding))
+    noise = noise.unbiased() if unit.options.correct else noise
+    shared_by_chips = shared_moment(unit, layer, seen)
     held, shared = placed(layer, mapped.nonzero), unit.options.scale == "tensor"
     sizes = np.abs(weights[weights != 0])
     floor = np.full(layer.view.outputs, np.median(sizes) if sizes.size else 0.0) if shared else None
     groups = [slice(start, start + layer.view.outputs) for start in range(0, len(weights), layer.view.outputs)]
     losses = Losses.stacked(
-        [losses_of(weights[g], held[g], h, noise, floor=floor) for g, h in zip(groups, moment, strict=True)]
+        [
+            losses_of(weights[rows], held[rows], moment, noise, power=np.diagonal(square), floor=floor)
+            for rows, moment, square in zip(groups, shared_by_chips, seen.square, strict=True)
+        ]
     )
     return losses.together() if shared else losses
 

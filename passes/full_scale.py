@@ -18,7 +18,7 @@ and the least of their minima is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,11 @@ class FaultNoise:
             mean_gain=1 - stuck.probability,
             shift=stuck.shift(coding) * float(gain[0]),
         )
+
+    def unbiased(self) -> FaultNoise:
+        """Return the same behind a digital gain that makes up for the mean."""
+        gain = self.mean_gain
+        return replace(self, variances=self.variances / gain**2, mean_gain=1.0, shift=self.shift / gain)
 
 
 def _bend(coding: Coding) -> float:
@@ -158,21 +163,28 @@ class Losses:
 
 
 def losses_of(
-    weights: Doubles, placed: Flags, moment: Doubles, noise: FaultNoise, *, floor: Doubles | None = None
+    weights: Doubles,
+    placed: Flags,
+    moment: Doubles,
+    noise: FaultNoise,
+    *,
+    power: Doubles | None = None,
+    floor: Doubles | None = None,
 ) -> Losses:
     """Return the expected errors of outputs that see the same inputs.
 
     Args:
         weights: float64 [outputs, inputs].
         placed: bool [outputs, inputs], which of them take cells.
-        moment: E[x x^T], float64 [inputs, inputs].
+        moment: E[x x^T], float64 [inputs, inputs]; around the means where a bias makes up for mean errors.
         noise: What stuck cells do to them.
+        power: E[x^2], [inputs]; the diagonal of ``moment`` where None.
         floor: The least scale that is tried, [outputs]; where None that which clips half of the weights that are not
             zero. Pairs of weights below it need not be looked at.
     """
     size = np.abs(weights)
     order = np.argsort(-size, axis=1, kind="stable")
-    ordered = _Sorted.of(weights, placed, moment, order)
+    ordered = _Sorted.of(weights, placed, moment, np.diagonal(moment) if power is None else power, order)
     if floor is None:
         filled = np.count_nonzero(size, axis=1)
         floor = ordered.size[np.arange(len(size)), np.minimum(filled // 2, size.shape[1] - 1)]
@@ -210,6 +222,7 @@ class _Sorted:
         sign: Signs, 1 or -1; 0 of a zero.
         placed: Which take cells, 1 or 0.
         power: E[x^2] of their inputs.
+        own: The diagonal of the moment, at their inputs.
         products: E[x y] of their inputs with the output.
         driven: E[x z] of their inputs with the sum z of those inputs of the output that take cells.
     """
@@ -218,13 +231,14 @@ class _Sorted:
     sign: Doubles
     placed: Doubles
     power: Doubles
+    own: Doubles
     products: Doubles
     driven: Doubles
 
     @classmethod
-    def of(cls, weights: Doubles, placed: Flags, moment: Doubles, order: Integers) -> _Sorted:
-        power = np.broadcast_to(np.diag(moment), weights.shape)
-        columns = (weights, placed.astype(np.float64), power, weights @ moment, placed @ moment)
+    def of(cls, weights: Doubles, placed: Flags, moment: Doubles, power: Doubles, order: Integers) -> _Sorted:
+        diagonal = (np.broadcast_to(values, weights.shape) for values in (power, np.diagonal(moment)))
+        columns = (weights, placed.astype(np.float64), *diagonal, weights @ moment, placed @ moment)
         w, *others = (np.take_along_axis(column, order, axis=1) for column in columns)
         return cls(np.abs(w), np.sign(w), *others)
 
@@ -249,12 +263,12 @@ def _clipping(ordered: _Sorted, moment: Doubles, order: Integers, floor: Doubles
         larger = np.stack([np.ones_like(sign), size[rows, :depth]], axis=2)
         sums = np.tril(pairs, -1) @ larger
         total[rows, :depth], weighted[rows, :depth] = sums[:, :, 0], sums[:, :, 1]
-    power = ordered.power
+    own = ordered.own
     return np.stack(
         [
-            2 * weighted * size + power * size**2,
-            -2 * (weighted + total * size + power * size),
-            2 * total + power,
+            2 * weighted * size + own * size**2,
+            -2 * (weighted + total * size + own * size),
+            2 * total + own,
         ],
         axis=2,
     )

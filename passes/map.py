@@ -14,6 +14,7 @@ from rerampile.background import side_by_side
 from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
 from rerampile.passes.clip import clipped, unclipped
+from rerampile.passes.correct import corrected
 from rerampile.passes.weigh import Candidate, stuck_cell, weigh
 from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, row_chunks
 from rerampile.target import Target
@@ -49,7 +50,7 @@ class Map:
             )
         found = side_by_side(lambda layer: _map_layer(unit, layer, possible), unit.layers)
         mapped = dict(zip((layer.name for layer in unit.layers), found, strict=True))
-        return replace(unit, mapped=_clip_layers(unit, mapped) if unit.moments is not None else mapped)
+        return replace(unit, mapped=_calibrated(unit, mapped) if unit.calibration else mapped)
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the scheme, or how many layers have which, and the number of weights."""
@@ -118,16 +119,18 @@ def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLay
     )
 
 
-def _clip_layers(unit: Unit, mapped: Mapping[str, MappedLayer]) -> dict[str, MappedLayer]:
-    """Choose full scales, as many layers at a time as the moments of their inputs leave memory for."""
+def _calibrated(unit: Unit, mapped: Mapping[str, MappedLayer]) -> dict[str, MappedLayer]:
+    """Clip and correct layers, as many at a time as the moments of their inputs leave memory for."""
     found: dict[str, MappedLayer] = {}
     for layers in _within(unit.layers, _MOMENTS_HELD):
         wanted = [layer for layer in layers if not layer.integer]
-        moments, reasons = unit.moments(wanted) if unit.moments is not None and wanted else ({}, {})
+        moments, reasons = unit.calibration(wanted) if unit.calibration and wanted else ({}, {})
         reasons = {layer.name: "its weights are whole numbers" for layer in layers if layer.integer} | dict(reasons)
-        found |= {name: unclipped(mapped[name], reason) for name, reason in reasons.items()}
+        found |= {name: unclipped(unit, mapped[name], reason) for name, reason in reasons.items()}
         for layer in (layer for layer in layers if layer.name in moments):
-            found[layer.name] = clipped(unit, layer, mapped[layer.name], moments[layer.name])
+            result, seen = mapped[layer.name], moments[layer.name]
+            result = clipped(unit, layer, result, seen) if unit.options.clip else result
+            found[layer.name] = corrected(unit, layer, result, seen) if unit.options.correct else result
     return found
 
 

@@ -203,6 +203,11 @@ def main() -> None:
     "the largest weights.",
 )
 @click.option(
+    "--correct",
+    is_flag=True,
+    help="Gains and biases that make up for what stuck cells do to outputs on average, on --calibration.",
+)
+@click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
     callback=read_ratios,
@@ -244,6 +249,7 @@ def compile_(
     current_weight: float,
     scale: Literal["channel", "tensor"],
     clip: bool,
+    correct: bool,
     prune: float | dict[str, float] | None,
     prune_method: str | None,
     data: dict[str, Any],
@@ -261,15 +267,16 @@ def compile_(
 
     MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
     """
-    from rerampile.compiler import CLIP_IMAGES, compile_model
+    from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    if clip and data["data"] is None:
+    calibrated = clip or correct
+    if calibrated and data["data"] is None:
         raise click.UsageError(
-            "--clip: expected --calibration DATA, which shows how much each weight does; where all count alike, "
-            "clipping can do more harm than faults"
+            f"{'--clip' if clip else '--correct'}: expected --calibration DATA, which shows how much each weight does; "
+            "where all count alike, clipping can do more harm than faults"
         )
-    if (prune_method is None) != (data["data"] is None) and not clip:
+    if (prune_method is None) != (data["data"] is None) and not calibrated:
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
@@ -277,7 +284,7 @@ def compile_(
     resolved = Target.load(target, settings)
     weighed = (mapping or resolved.mapping) in _WEIGHED
     if not weighed:
-        names = ("current_weight",) if clip else ("rate", "off_on", "stuck_off", "stuck_on", "current_weight")
+        names = ("current_weight",) if calibrated else ("rate", "off_on", "stuck_off", "stuck_on", "current_weight")
         reason = f"no effect on mapping {mapping or resolved.mapping}; use it with {' or '.join(_WEIGHED)}"
         refuse_given(ctx, names, reason)
     if verbose:
@@ -289,11 +296,13 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed or clip else None,
+            faults=faults if weighed or calibrated else None,
             current_weight=current_weight,
             scale=scale,
-            clip=open_calibration(model, data) if clip else None,
-            clip_images=data["images"] or CLIP_IMAGES,
+            clip=clip,
+            correct=correct,
+            calibration=open_calibration(model, data) if calibrated else None,
+            calibration_images=data["images"] or CALIBRATION_IMAGES,
             prune=None if pruned else prune,
             masks=masks,
             pack=pack,
@@ -435,7 +444,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_choices, show_clips
+        from rerampile.show_mapping import show_calibrated, show_choices
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -446,7 +455,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
             if verbose:
                 show_choices(console(), read)
-                show_clips(console(), read)
+                show_calibrated(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
@@ -31,23 +29,22 @@ from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import WEIGHED, MappingName, known_mapping
 from rerampile.target import Target
-from rerampile.unit import CompileOptions, InputMoments, Pass, Unit
+from rerampile.unit import Calibration, CompileOptions, InputMoments, Pass, Unit
 
 if TYPE_CHECKING:
     from rerampile.runtime.dataset import Dataset
     from rerampile.runtime.faults import FaultModel
 
-__all__ = ["CLIP_IMAGES", "PASSES", "Progress", "check_replaceable", "compile_model"]
+__all__ = ["CALIBRATION_IMAGES", "PASSES", "Progress", "check_replaceable", "compile_model"]
 
 PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
 """Every pass of a compilation, in order."""
 
-CLIP_IMAGES = 256
-"""Calibration images that full scales are chosen from, if nothing else is asked for."""
+CALIBRATION_IMAGES = 256
+"""Images that full scales and corrections are chosen from, if nothing else is asked for."""
 
 _LEAST_RATE = 1e-9  # less is none, and overflows
 
-Doubles = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str, float | None, Mapping[str, Any]], None]
 
 
@@ -60,8 +57,10 @@ def compile_model(
     faults: FaultModel | None = None,
     current_weight: float = 0.0,
     scale: Literal["tensor", "channel"] = "channel",
-    clip: Dataset | None = None,
-    clip_images: int = CLIP_IMAGES,
+    clip: bool = False,
+    correct: bool = False,
+    calibration: Dataset | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
@@ -79,13 +78,16 @@ def compile_model(
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
-        faults: For ``optimal``, ``auto`` and ``clip``, how likely a cell is stuck; a failure rate of 0.001 where None.
+        faults: For ``optimal``, ``auto``, ``clip`` and ``correct``, how likely a cell is stuck; a failure rate of 0.001
+            where None.
         current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
             worth.
         scale: One full scale for each tensor, or for each output channel.
-        clip: Calibration images, targets not needed, on which each full scale is to have the least expected error;
-            None for the largest weights as full scales.
-        clip_images: How many of the images to use at most, spread over the data.
+        clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
+            weight.
+        correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
+        calibration: Images for both; targets are not needed.
+        calibration_images: How many of the images to use at most, spread over the data.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
@@ -107,9 +109,13 @@ def compile_model(
     known = known_mapping(mapping or resolved.mapping)
     options = CompileOptions(
         mapping=known,
-        **_weighing(known, faults, current_weight, clip=clip is not None),
+        **_weighing(known, faults, current_weight, calibrated=clip or correct),
         scale=_known_scale(scale),
-        clip={} if clip is None else {"data": clip.name, "images": min(len(clip), clip_images)},
+        clip=clip,
+        correct=correct,
+        calibration={}
+        if calibration is None
+        else {"data": calibration.name, "images": min(len(calibration), calibration_images)},
         prune=_ratios(prune),
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
@@ -119,6 +125,8 @@ def compile_model(
         tolerance=tolerance,
         keep_stages=keep_stages,
     )
+    if (calibration is not None) != (clip or correct):
+        raise ConfigError("calibration images and clip or correct: expected both or none of them")
     if pruned is not None and (options.prune or options.masks is not None):
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
@@ -139,22 +147,27 @@ def compile_model(
                 folder=folder,
                 pruned=pruned,
             )
-            if clip is not None:
-                unit = dataclasses.replace(unit, moments=_input_moments(unit.graph, clip, clip_images))
+            if calibration is not None:
+                seen = _calibration(unit.graph, calibration, calibration_images)
+                unit = dataclasses.replace(unit, calibration=seen)
             _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
 
 
-def _input_moments(graph: ModelGraph, data: Dataset, images: int) -> InputMoments:
-    """Return what gives the second moments of layers' inputs on calibration images."""
+def _calibration(graph: ModelGraph, data: Dataset, images: int) -> Calibration:
+    """Return what gives the moments of layers' inputs on calibration images."""
     from rerampile.runtime.dataset import spread
     from rerampile.runtime.second_moments import second_moments
 
     chosen = spread(len(data), min(len(data), images))
 
-    def moments(layers: Sequence[Layer]) -> tuple[Mapping[str, Doubles], Mapping[str, str]]:
+    def moments(layers: Sequence[Layer]) -> tuple[Mapping[str, InputMoments], Mapping[str, str]]:
         found, reasons = second_moments(graph, layers, data, chosen)
-        return {name: each.moment / each.count for name, each in found.items()}, reasons
+        averages = {
+            name: InputMoments(square=each.moment / each.count, mean=each.total / each.count)
+            for name, each in found.items()
+        }
+        return averages, reasons
 
     return moments
 
@@ -338,22 +351,22 @@ def _move_into_place(folder: Path, out: Path) -> None:
 
 
 def _weighing(
-    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, clip: bool
+    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, calibrated: bool
 ) -> dict[str, float]:
     """Return the options that weigh schemes and full scales, where the mapping or clipping depends on them.
 
     Raises:
         ConfigError: They are out of range, or nothing depends on them.
     """
-    if mapping not in WEIGHED and (not clip or current_weight):
+    if mapping not in WEIGHED and (not calibrated or current_weight):
         if faults is None and not current_weight:
             return {}
-        given = "current weights" if clip else "fault probabilities and current weights"
+        given = "current weights" if calibrated else "fault probabilities and current weights"
         raise ConfigError(
             f"mapping '{mapping}' is the same for all {given}, expected none; leave them out, or use "
             f"{' or '.join(WEIGHED)}"
         )
-    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip"
+    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip and --correct"
     from rerampile.runtime.faults import FaultModel  # brings half of scipy
 
     faults = faults or FaultModel.of_rate(0.001)

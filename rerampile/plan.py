@@ -24,6 +24,7 @@ __all__ = [
     "ArrayPlan",
     "ClipPlan",
     "Conventions",
+    "CorrectionPlan",
     "DigitalPlan",
     "FileRecord",
     "FoldPlan",
@@ -242,7 +243,8 @@ class ClipPlan(_Record, kw_only=True, frozen=True):
         clipped: Weights that were larger than the full scale, and are held as large as it.
         full_scale: Full scale as a share of the largest magnitude that it is for, mean over the outputs.
         output_change: What clipping changes where no cell is stuck.
-        error: Expected with stuck cells, clipping included; null where no scale was chosen.
+        error: Expected with stuck cells, clipping included, behind gains and biases that make up for the mean where
+            these are corrected; null where no scale was chosen.
         error_unclipped: The same where every full scale is the largest magnitude.
         reason: Why no scale was chosen; null where one was.
     """
@@ -253,6 +255,25 @@ class ClipPlan(_Record, kw_only=True, frozen=True):
     error: float | None
     error_unclipped: float | None
     reason: str | None
+
+
+class CorrectionPlan(_Record, kw_only=True, frozen=True):
+    """How digital gains and biases make up for what stuck cells do on average, and clipping.
+
+    Errors are of the layer's products on the calibration images, squared, as a share of the squared products of the
+    user's weights.
+
+    Attributes:
+        gain: What gains are multiplied by, mean over the outputs.
+        bias: Whether the bias was changed, too.
+        error: Expected with stuck cells.
+        error_uncorrected: The same without the correction.
+    """
+
+    gain: float
+    bias: bool
+    error: float
+    error_uncorrected: float
 
 
 class LayerPlan(_Record, kw_only=True, frozen=True):
@@ -290,6 +311,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         choice: Why the layer has its scheme; null where the options name it, without regard to how likely cells are
             stuck.
         clip: How its full scales were chosen; left out where they are the largest magnitudes.
+        correction: What makes up for mean errors; left out where nothing does.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -324,6 +346,7 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     mean_cell_conductance: float
     choice: MappingChoice | None = None
     clip: ClipPlan | msgspec.UnsetType = msgspec.UNSET
+    correction: CorrectionPlan | msgspec.UnsetType = msgspec.UNSET
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []

@@ -14,12 +14,12 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, ClipPlan, MappingChoice, Plan, Region
+from rerampile.plan import ArrayPlan, ClipPlan, CorrectionPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName
 from rerampile.target import Target
 
-__all__ = ["CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
+__all__ = ["Calibration", "CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,13 @@ class CompileOptions:
 
     Attributes:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
-        stuck_off: Probability that a cell is stuck off, where the mapping or clipping depends on it; else None.
+        stuck_off: Probability that a cell is stuck off, where anything depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
         current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
-        clip: What full scales below the largest weights were chosen from: the ``data`` and how many ``images``; empty
-            where they were not.
+        clip: Whether full scales are those of the least expected error.
+        correct: Whether gains and biases make up for mean errors.
+        calibration: The ``data`` that both are chosen from, and how many ``images``; empty where neither is asked for.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
@@ -49,7 +50,9 @@ class CompileOptions:
     stuck_on: float | None = None
     current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
-    clip: Mapping[str, Any] = field(default_factory=dict)
+    clip: bool = False
+    correct: bool = False
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, float] = field(default_factory=dict)
     pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
@@ -86,6 +89,9 @@ class MappedLayer:
         limit: float32 [groups * outputs], what weights are clipped to, infinite where nothing is clipped; None where
             nothing of the layer is.
         clip: How full scales were chosen, where that was asked for.
+        factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
+        addend: float64 [groups * outputs], what corrects the bias, behind folds; None for nothing.
+        correction: How they were corrected, where that was asked for.
     """
 
     coding: Coding
@@ -95,9 +101,46 @@ class MappedLayer:
     choice: MappingChoice | None = None
     limit: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     clip: ClipPlan | None = None
+    factor: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    addend: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    correction: CorrectionPlan | None = None
+
+    @property
+    def as_given(self) -> bool:
+        """Whether cells and bias are those of the weights as they are: neither clipped nor corrected."""
+        return self.limit is None and self.factor is None and self.addend is None
+
+    def held(
+        self, weights: npt.NDArray[np.float32], rows: slice, unfolded: npt.NDArray[np.float32] | float = 1.0
+    ) -> npt.NDArray[np.float32]:
+        """Return weights clipped and corrected.
+
+        Args:
+            weights: float32 [rows, inputs].
+            rows: Which rows of the matrix they are.
+            unfolded: The magnitude of what is still to be folded into them, [rows, inputs] or broadcastable to it.
+        """
+        if self.limit is not None:
+            limit = np.broadcast_to(self.limit[rows, None], weights.shape)
+            limit = np.divide(limit, unfolded, out=np.full_like(weights, np.inf), where=np.asarray(unfolded) > 0)
+            weights = np.clip(weights, -limit, limit)
+        return weights if self.factor is None else weights * self.factor[rows, None]
 
 
-InputMoments = Callable[[Sequence[Layer]], tuple[Mapping[str, npt.NDArray[np.float64]], Mapping[str, str]]]
+@dataclass(frozen=True, kw_only=True)
+class InputMoments:
+    """What the crossbars of a layer see on calibration images.
+
+    Attributes:
+        square: E[x x^T], float64 [groups, inputs, inputs].
+        mean: E[x], float64 [groups, inputs].
+    """
+
+    square: npt.NDArray[np.float64] = field(repr=False)
+    mean: npt.NDArray[np.float64] = field(repr=False)
+
+
+Calibration = Callable[[Sequence[Layer]], tuple[Mapping[str, InputMoments], Mapping[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +154,8 @@ class Unit:
         options: What the user asked for.
         folder: Where the deployment is being written (a temporary folder until it is whole).
         pruned: What was pruned before, with weights of its own, or None; its model is :attr:`model`.
-        moments: Gives E[x x^T] of the inputs of some layers on calibration images, float64 [groups, inputs, inputs] by
-            layer name, and the reason for each layer whose inputs cannot be seen; None where there are no images.
+        calibration: Gives the moments of the inputs of some layers by layer name, and the reason for each layer whose
+            inputs cannot be seen; None where there are no calibration images.
         layers: Filled by *find layers*.
         digital: Filled by *find layers*.
         masks: By layer name, filled by *prune*.
@@ -131,7 +174,7 @@ class Unit:
     options: CompileOptions
     folder: Path
     pruned: PrunedModel | None = None
-    moments: InputMoments | None = field(default=None, repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
     layers: tuple[Layer, ...] = ()
     digital: tuple[DigitalOperation, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
@@ -144,16 +187,16 @@ class Unit:
     plan: Plan | None = None
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
-        """Return the weights to hold, folded, pruned and, once mapped, clipped; read anew each time.
+        """Return the weights to hold, folded, pruned and, once mapped, clipped and corrected; read anew each time.
 
         They are float32 [groups * outputs, inputs].
         """
         return self.weight_rows(layer)(slice(None))
 
     def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
-        """Return a reader of some rows of :meth:`weights`, which folds, prunes and clips those rows alone."""
+        """Return a reader of some rows of :meth:`weights`, which makes those rows alone."""
         original, mask = layer.original_rows(self.graph), self.masks.get(layer.name)
-        limit = self.limit(layer)
+        mapped = self.mapped.get(layer.name)
         factor = layer.fold_factor()
         factors = None if factor is None else np.broadcast_to(factor, layer.view.shape)
 
@@ -161,13 +204,9 @@ class Unit:
             part = original(rows)
             part = part if factors is None else np.multiply(part, factors[rows], dtype=np.float32)
             part = part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
-            return part if limit is None else np.clip(part, -limit[rows, None], limit[rows, None])
+            return part if mapped is None else mapped.held(part, rows)
 
         return read
-
-    def limit(self, layer: Layer) -> npt.NDArray[np.float32] | None:
-        """Return what the weights of each output are clipped to, float32 [groups * outputs], or None."""
-        return self.mapped[layer.name].limit if layer.name in self.mapped else None
 
 
 class Pass(Protocol):

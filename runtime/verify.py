@@ -218,25 +218,20 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
 
 
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
-    """Open the user's own model, pruned and clipped where it is, as converted where it was too old to run."""
+    """Open the user's own model, with its weights changed where they are, as converted where it was too old to run."""
     model = unit.model
-    changed = unit.masks or any(unit.limit(layer) is not None for layer in unit.layers)
-    if not changed and model.converted_from_opset is None:  # the model itself, not what we make of it
+    as_given = not unit.masks and all(mapped.as_given for mapped in unit.mapped.values())
+    if as_given and model.converted_from_opset is None:  # the model itself, not what we make of it
         return open_session(model.path if model.path is not None else model.proto.SerializeToString())
     return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
 def _pruned(unit: Unit, layer: Layer) -> npt.NDArray[np.float32]:
-    """Return the weights to hold, folds divided out again: pruned and clipped, as the user's graph reads them."""
+    """Return the weights to hold as the user's graph reads them: pruned, clipped and corrected, folds divided out."""
     matrix = layer.original_matrix(unit.graph)
-    mask, limit = unit.masks.get(layer.name), unit.limit(layer)
+    mask, factor = unit.masks.get(layer.name), layer.fold_factor()
     matrix = matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
-    if limit is None:
-        return matrix
-    factor = layer.fold_factor()
-    size = np.ones(1, np.float32) if factor is None else np.abs(factor)
-    bound = np.divide(limit[:, None], size, out=np.full(matrix.shape, np.inf, np.float32), where=size > 0)
-    return np.clip(matrix, -bound, bound)
+    return unit.mapped[layer.name].held(matrix, slice(None), 1.0 if factor is None else np.abs(factor))
 
 
 def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""`compile --clip`: what the plan says of it, that deployments are whole, and expectations beside simulated chips."""
+"""`compile --clip` and `--correct`: what the plan says, that deployments are whole, and expectations beside chips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from rerampile import ConfigError, Deployment, compile_model, verify_deployment
 from rerampile.cli import main
 from rerampile.passes import map as map_pass
-from rerampile.plan import ClipPlan
+from rerampile.plan import ClipPlan, CorrectionPlan
 from rerampile.runtime.dataset import ArrayDataset
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -65,6 +65,12 @@ def clip_of(deployment: Deployment, number: int = 0) -> ClipPlan:
     return clip
 
 
+def correction_of(deployment: Deployment, number: int = 0) -> CorrectionPlan:
+    correction = deployment.plan.layers[number].correction
+    assert isinstance(correction, CorrectionPlan)
+    return correction
+
+
 def folded_weights() -> dict[str, Floats]:
     rng = np.random.default_rng(1)
     channels = {name: rng.uniform(0.3, 2, 6).astype(np.float32) for name in ("scale", "shift", "mean", "variance")}
@@ -92,7 +98,7 @@ def test_the_expected_error_is_that_of_many_chips(mapping: str, scale: str, comp
     x = inputs_of(data).astype(np.float64)
     energy = np.sum((x @ weights.T) ** 2)
     options: dict[str, Any] = {"mapping": mapping, "scale": scale, "faults": FAULTS}
-    deployment = compile_text(ONE, {"W": weights}, clip=data, **options)
+    deployment = compile_text(ONE, {"W": weights}, clip=True, calibration=data, **options)
     clip = clip_of(deployment)
     assert clip.error is not None
     assert clip.error_unclipped is not None
@@ -122,7 +128,7 @@ def test_a_clipped_model_is_what_is_deployed(
     weights, data = folded_weights(), images(20, 4, 6, 6)
     model = model_of(FOLDED, weights)
     options: dict[str, Any] = {"target": discrete_target(levels=levels), "scale": scale, "prune": 0.3}
-    deployment = compile_model(model, out=tmp_path / "out", clip=data, faults=FAULTS, **options)
+    deployment = compile_model(model, out=tmp_path / "out", clip=True, calibration=data, faults=FAULTS, **options)
 
     verify_deployment(deployment.folder)
 
@@ -140,17 +146,86 @@ def _second(deployment: Deployment) -> Floats:
     return deployment.weights(deployment.plan.layers[1]).reshape(8, 3, 2, 2)
 
 
+BIASED = f"{HEADER} g (float[N,24] x) => (float[] y) {{ y = Gemm <transB=1, alpha=0.5> (x, W, B) }}"
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("mapping", ["two_column", "offset"])
+def test_corrected_chips_are_right_on_average(mapping: str, clip: bool, compile_text: Compile) -> None:
+    """Their mean outputs are the user's, and their mean squared error is the expected one, less than uncorrected."""
+    weights, data, bias = outliers(16, 24), images(50, 24), outliers(16, seed=1)
+    x = inputs_of(data).astype(np.float64)
+    options: dict[str, Any] = {"mapping": mapping, "clip": clip, "correct": True, "faults": FAULTS}
+    deployment = compile_text(BIASED, {"W": weights, "B": bias}, calibration=data, **options)
+    correction = correction_of(deployment)
+
+    held = deployment.weights(deployment.plan.layers[0])
+    (found,) = run(open_session(deployment.model_path), {"x": x.astype(np.float32)})
+    addend = (found - (0.5 * x @ held.T.astype(np.float64) + bias)).mean(axis=0)
+    errors = 0.5 * errors_of_chips(deployment, weights, FAULTS, 800) @ x.T + addend[:, None]
+    energy = np.sum((0.5 * x @ weights.T) ** 2)
+
+    spread = errors.mean(axis=2).std(axis=0) / np.sqrt(800)
+    assert (np.abs(errors.mean(axis=(0, 2))) < 4.5 * spread).all()
+    assert correction.error == pytest.approx(np.sum(errors**2, axis=(1, 2)).mean() / energy, rel=0.05)
+    assert correction.bias
+    if mapping == "offset":
+        assert correction.error < correction.error_uncorrected
+        assert np.median(np.abs(addend) / spread) > 10
+    if not clip:
+        plain = errors_of_chips(compile_text(BIASED, {"W": weights, "B": bias}, mapping=mapping), weights, FAULTS, 800)
+        simulated = np.sum((0.5 * plain @ x.T) ** 2, axis=(1, 2)).mean() / energy
+        assert correction.error_uncorrected == pytest.approx(simulated, rel=0.05)
+
+
+def test_a_pair_that_is_not_clipped_is_divided_by_the_share_of_healthy_cells(compile_text: Compile) -> None:
+    """Its cells are the same as ever, and nothing is added to its bias."""
+    weights, data = {"W": outliers(16, 24)}, images(50, 24)
+    corrected = compile_text(ONE, weights, correct=True, calibration=data, faults=FAULTS)
+    plain = compile_text(ONE, weights)
+    (layer,) = corrected.plan.layers
+    np.testing.assert_allclose(corrected.gain(layer), plain.gain(plain.plan.layers[0]) / 0.965, rtol=1e-6)
+    np.testing.assert_allclose(corrected.cells(layer), plain.cells(plain.plan.layers[0]), rtol=0, atol=3e-11)
+    assert correction_of(corrected).gain == pytest.approx(1 / 0.965)
+    x = {"x": inputs_of(data)}
+    (found,), (expected,) = (run(open_session(d.model_path), x) for d in (corrected, plain))
+    np.testing.assert_allclose(found, expected / 0.965, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapping", ["differential", "offset"])
+@pytest.mark.parametrize("levels", [None, 32])
+def test_corrected_models_are_whole(
+    mapping: str, levels: int | None, compile_text: Compile, discrete_target: Callable[..., Any]
+) -> None:
+    """Folds, groups, a bias of its own and one that a fold made: run beside the user's graph, and verified again."""
+    options: dict[str, Any] = {"mapping": mapping, "clip": True, "correct": True, "faults": FAULTS}
+    target = discrete_target(levels=levels)
+    deployment = compile_text(FOLDED, folded_weights(), calibration=images(20, 4, 6, 6), target=target, **options)
+    for number in range(2):
+        assert correction_of(deployment, number).bias
+        assert correction_of(deployment, number).gain > 1 / 0.965
+
+
+def test_a_product_without_a_bias_gets_a_gain_alone(compile_text: Compile) -> None:
+    text = f"{HEADER} g (float[N,24] x) => (float[] y) {{ y = MatMul (x, W) }}"
+    weights = {"W": outliers(24, 16)}
+    deployment = compile_text(text, weights, correct=True, calibration=images(50, 24), mapping="offset", faults=FAULTS)
+    correction = correction_of(deployment)
+    assert not correction.bias
+    assert correction.gain == pytest.approx(1 / 0.965)
+
+
 def test_few_faults_clip_nothing_for_nothing(compile_text: Compile) -> None:
     """Where no scale is better the cells are byte for byte those without clipping."""
     weights = {"W": np.where(np.arange(16 * 24).reshape(16, 24) % 2, 1, -1).astype(np.float32)}
-    clipped = compile_text(ONE, weights, clip=images(50, 24), faults=FaultModel.of_rate(1e-6))
+    clipped = compile_text(ONE, weights, clip=True, calibration=images(50, 24), faults=FaultModel.of_rate(1e-6))
     plain = compile_text(ONE, weights)
     assert clip_of(clipped).clipped == 0
     assert clip_of(clipped).full_scale == 1
     for name in plain.conductances.specs:
         np.testing.assert_array_equal(clipped.conductances.read(name), plain.conductances.read(name))
     assert "clip" not in json.loads((plain.folder / "plan.json").read_text())["layers"][0]
-    assert "clip" not in plain.plan.options
+    assert not {"clip", "correct", "calibration"} & plain.plan.options.keys()
 
 
 def test_layers_whose_inputs_are_not_seen_stay_as_they_are(
@@ -163,7 +238,9 @@ def test_layers_whose_inputs_are_not_seen_stay_as_they_are(
     weights = {"whole": np.arange(-16, 16, dtype=np.int8).reshape(8, 4), "W": outliers(4, 30)}
     data = images(20, 8)
     data.fetch = lambda indices: {"x": np.full((len(indices), 8), 7, np.uint8)}
-    deployment = compile_text(text, weights, clip=data, faults=FAULTS, target=discrete_target(levels=64))
+    deployment = compile_text(
+        text, weights, clip=True, calibration=data, faults=FAULTS, target=discrete_target(levels=64)
+    )
     assert clip_of(deployment) == ClipPlan(
         clipped=0,
         full_scale=1,
@@ -177,7 +254,7 @@ def test_layers_whose_inputs_are_not_seen_stay_as_they_are(
 
 def test_moments_are_held_for_some_layers_at_a_time(compile_text: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one or together, the result is the same."""
-    options: dict[str, Any] = {"clip": images(20, 4, 6, 6), "faults": FAULTS}
+    options: dict[str, Any] = {"clip": True, "calibration": images(20, 4, 6, 6), "faults": FAULTS}
     together = compile_text(FOLDED, folded_weights(), **options)
     monkeypatch.setattr(map_pass, "_MOMENTS_HELD", 1)
     apart = compile_text(FOLDED, folded_weights(), **options)
@@ -185,23 +262,32 @@ def test_moments_are_held_for_some_layers_at_a_time(compile_text: Compile, monke
 
 
 def test_the_plan_says_from_what_it_was_chosen(compile_text: Compile) -> None:
-    deployment = compile_text(ONE, {"W": outliers(16, 24)}, clip=images(50, 24), clip_images=10)
+    deployment = compile_text(
+        ONE, {"W": outliers(16, 24)}, clip=True, calibration=images(50, 24), calibration_images=10
+    )
     options = deployment.plan.options
-    assert options["clip"] == {"data": "images", "images": 10}
+    assert options["calibration"] == {"data": "images", "images": 10}
+    assert (options["clip"], options["correct"]) == (True, False)
     assert (options["stuck_off"], options["stuck_on"]) == pytest.approx((0.001 / 6.2, 0.0052 / 6.2))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"faults": FaultModel.of_rate(0)}, "--clip: 0 of all cells stuck, expected more than 0 and less than 1"),
-        ({"faults": FaultModel.of_rate(0.01, rate_unit="weight")}, "--clip: a failure rate of a weight, expected one"),
+        (
+            {"faults": FaultModel.of_rate(0)},
+            "--clip and --correct: 0 of all cells stuck, expected more than 0 and less than 1",
+        ),
+        (
+            {"faults": FaultModel.of_rate(0.01, rate_unit="weight")},
+            "--clip and --correct: a failure rate of a weight, expected one",
+        ),
         ({"current_weight": 0.1}, "'differential' is the same for all current weights, expected none; leave them out"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str, compile_text: Compile) -> None:
     with pytest.raises(ConfigError, match=message):
-        compile_text(ONE, {"W": outliers(16, 24)}, clip=images(50, 24), **options)
+        compile_text(ONE, {"W": outliers(16, 24)}, clip=True, **{"calibration": images(50, 24), **options})
 
 
 def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
