@@ -7,6 +7,7 @@ calibration images show (:mod:`rerampile.passes.full_scale`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from rerampile.unit import InputMoments, MappedLayer, Unit
 __all__ = ["clipped", "unclipped"]
 
 Doubles = npt.NDArray[np.float64]
+
+_WEIGHTS = 1 << 17  # weights whose losses are handled at a time: some 500 bytes each
 
 
 def unclipped(unit: Unit, mapped: MappedLayer, reason: str) -> MappedLayer:
@@ -42,9 +45,9 @@ def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments) -
         seen: Moments of its inputs.
     """
     weights = unit.weights(layer).astype(np.float64)
-    losses = _losses(unit, layer, mapped, weights, seen)
-    scale, error, before = losses.least()
-    below = np.broadcast_to(scale < losses.top, len(weights))
+    scale, error, before = _least(unit, layer, mapped, weights, seen)
+    top = np.abs(weights).max(axis=None if unit.options.scale == "tensor" else 1)
+    below = np.broadcast_to(scale < top, len(weights))
     gain = np.where(below, mapped.coding.gain(np.broadcast_to(scale, len(weights))), mapped.gain)
     limit = np.where(below, gain * np.float32(mapped.coding.span), np.float32(np.inf))
     energy, change = _energies(layer, weights, limit, seen.square)
@@ -54,7 +57,7 @@ def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments) -
         limit=limit,
         clip=ClipPlan(
             clipped=int(np.count_nonzero(np.abs(weights) > limit[:, None])),
-            full_scale=float(np.divide(scale, losses.top, out=np.ones_like(scale), where=losses.top > 0).mean()),
+            full_scale=float(np.divide(scale, top, out=np.ones_like(scale), where=top > 0).mean()),
             output_change=change / energy,
             error=float(error.sum()) / energy,
             error_unclipped=float(before.sum()) / energy,
@@ -63,22 +66,34 @@ def clipped(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments) -
     )
 
 
-def _losses(unit: Unit, layer: Layer, mapped: MappedLayer, weights: Doubles, seen: InputMoments) -> Losses:
-    """Return the expected errors of the outputs, or of all of them as one where they share a full scale."""
+def _least(
+    unit: Unit, layer: Layer, mapped: MappedLayer, weights: Doubles, seen: InputMoments
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Return the best full scales, their errors and those of the largest magnitudes.
+
+    They are of each output, or of all outputs together where these share a full scale.
+    """
+    if unit.options.scale == "tensor":
+        sizes = np.abs(weights[weights != 0])
+        floor = float(np.median(sizes)) if sizes.size else 0.0
+        return Losses.together(_losses(unit, layer, mapped, weights, seen, floor)).least()
+    scale, error, before = zip(*(part.least() for part in _losses(unit, layer, mapped, weights, seen)), strict=True)
+    return np.concatenate(scale), np.concatenate(error), np.concatenate(before)
+
+
+def _losses(
+    unit: Unit, layer: Layer, mapped: MappedLayer, weights: Doubles, seen: InputMoments, floor: float | None = None
+) -> Iterator[Losses]:
+    """Yield the expected errors of all outputs, some at a time."""
     noise = FaultNoise.of(mapped.coding, stuck_cell(unit, mapped.coding))
     noise = noise.unbiased() if unit.options.correct else noise
-    shared_by_chips = shared_moment(unit, layer, seen)
-    held, shared = placed(layer, mapped.nonzero), unit.options.scale == "tensor"
-    sizes = np.abs(weights[weights != 0])
-    floor = np.full(layer.view.outputs, np.median(sizes) if sizes.size else 0.0) if shared else None
-    groups = [slice(start, start + layer.view.outputs) for start in range(0, len(weights), layer.view.outputs)]
-    losses = Losses.stacked(
-        [
-            losses_of(weights[rows], held[rows], moment, noise, power=np.diagonal(square), floor=floor)
-            for rows, moment, square in zip(groups, shared_by_chips, seen.square, strict=True)
-        ]
-    )
-    return losses.together() if shared else losses
+    held, shared = placed(layer, mapped.nonzero), shared_moment(unit, layer, seen)
+    step = max(1, _WEIGHTS // layer.view.inputs)
+    for group, (moment, square) in enumerate(zip(shared, seen.square, strict=True)):
+        end = (group + 1) * layer.view.outputs
+        for start in range(group * layer.view.outputs, end, step):
+            rows = slice(start, min(start + step, end))
+            yield losses_of(weights[rows], held[rows], moment, noise, power=np.diagonal(square), floor=floor)
 
 
 def _energies(layer: Layer, weights: Doubles, limit: npt.NDArray[np.float32], moment: Doubles) -> tuple[float, float]:

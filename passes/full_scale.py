@@ -17,8 +17,8 @@ and the least of their minima is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -121,18 +121,19 @@ class Losses:
     change: Doubles
 
     @classmethod
-    def stacked(cls, parts: Sequence[Losses]) -> Losses:
-        """Return the outputs of all parts, one after the other."""
-        return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
-
-    def together(self) -> Losses:
-        """Return the sum over the outputs: the error as a function of one full scale for all."""
-        return Losses(
-            top=self.top.max(keepdims=True),
-            floor=self.floor.max(keepdims=True),
-            base=self.base.sum(axis=0, keepdims=True),
-            at=self.at.reshape(1, -1),
-            change=self.change.reshape(1, -1, 3),
+    def together(cls, parts: Iterable[Losses]) -> Losses:
+        """Return the sum over all outputs of some parts with one floor: the error by one full scale for all."""
+        kept = []
+        for part in parts:
+            counts = part.at > part.floor[:, None]
+            kept.append((part.top.max(), part.floor.max(), part.base.sum(axis=0), part.at[counts], part.change[counts]))
+        tops, floors, bases, at, change = zip(*kept, strict=True)
+        return cls(
+            top=np.array([max(tops)]),
+            floor=np.array([max(floors)]),
+            base=np.sum(bases, axis=0)[None],
+            at=np.concatenate(at)[None],
+            change=np.concatenate(change)[None],
         )
 
     def least(self) -> tuple[Doubles, Doubles, Doubles]:
@@ -169,7 +170,7 @@ def losses_of(
     noise: FaultNoise,
     *,
     power: Doubles | None = None,
-    floor: Doubles | None = None,
+    floor: float | None = None,
 ) -> Losses:
     """Return the expected errors of outputs that see the same inputs.
 
@@ -179,15 +180,14 @@ def losses_of(
         moment: E[x x^T], float64 [inputs, inputs]; around the means where a bias makes up for mean errors.
         noise: What stuck cells do to them.
         power: E[x^2], [inputs]; the diagonal of ``moment`` where None.
-        floor: The least scale that is tried, [outputs]; where None that which clips half of the weights that are not
-            zero. Pairs of weights below it need not be looked at.
+        floor: The least scale that is tried; where None that which clips half of the weights of each output that are
+            not zero. Pairs of weights below it need not be looked at.
     """
     size = np.abs(weights)
     order = np.argsort(-size, axis=1, kind="stable")
     ordered = _Sorted.of(weights, placed, moment, np.diagonal(moment) if power is None else power, order)
-    if floor is None:
-        filled = np.count_nonzero(size, axis=1)
-        floor = ordered.size[np.arange(len(size)), np.minimum(filled // 2, size.shape[1] - 1)]
+    middle = np.minimum(np.count_nonzero(size, axis=1) // 2, size.shape[1] - 1)
+    least = ordered.size[np.arange(len(size)), middle] if floor is None else np.full(len(size), floor)
     b, shift = noise.mean_gain, noise.shift
     held = (ordered.power * ordered.placed)[:, :, None]
     variances = noise.variances[np.where(ordered.sign < 0, 1, 0)]  # [outputs, inputs, functions, 3]
@@ -201,7 +201,7 @@ def losses_of(
     base[:, 0] += (b - 1) * (value * mean).sum(axis=1)
     base[:, 1] += 2 * shift * (b - 1) * (value * ordered.driven).sum(axis=1)
     base[:, 2] += shift**2 * (ordered.placed * ordered.driven).sum(axis=1) + rounding.sum(axis=1)
-    change = b**2 * _clipping(ordered, moment, order, floor) - last
+    change = b**2 * _clipping(ordered, moment, order, least) - last
     change[:, :, 0] -= 2 * b * value * mean
     change[:, :, 1] += 2 * b * (ordered.sign * mean - shift * value * ordered.driven)
     change[:, :, 2] += 2 * b * shift * ordered.sign * ordered.driven - rounding
@@ -210,7 +210,7 @@ def losses_of(
     if noise.bend < 1:
         at = np.concatenate([at, ordered.size / noise.bend], axis=1)
         change = np.concatenate([change, last - first], axis=1)
-    return Losses(top=ordered.size[:, 0], floor=floor, base=base, at=at, change=change)
+    return Losses(top=ordered.size[:, 0], floor=least, base=base, at=at, change=change)
 
 
 @dataclass(frozen=True)

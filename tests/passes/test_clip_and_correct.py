@@ -104,12 +104,12 @@ def test_the_expected_error_is_that_of_many_chips(mapping: str, scale: str, comp
     assert clip.error_unclipped is not None
 
     def simulated(folder: Deployment) -> float:
-        errors = errors_of_chips(folder, weights, FAULTS, 800)
+        errors = errors_of_chips(folder, weights, FAULTS, 500)
         return float(np.mean(np.sum((errors @ x.T) ** 2, axis=(1, 2))) / energy)
 
     plain = options if mapping in ("optimal", "auto") else {"mapping": mapping, "scale": scale}
-    assert clip.error == pytest.approx(simulated(deployment), rel=0.05)
-    assert clip.error_unclipped == pytest.approx(simulated(compile_text(ONE, {"W": weights}, **plain)), rel=0.05)
+    assert clip.error == pytest.approx(simulated(deployment), rel=0.06)
+    assert clip.error_unclipped == pytest.approx(simulated(compile_text(ONE, {"W": weights}, **plain)), rel=0.06)
     assert clip.error < 0.95 * clip.error_unclipped
     held = deployment.weights(deployment.plan.layers[0])
     assert clip.output_change == pytest.approx(np.sum((x @ (held - weights).T) ** 2) / energy, rel=1e-4)
@@ -162,20 +162,20 @@ def test_corrected_chips_are_right_on_average(mapping: str, clip: bool, compile_
     held = deployment.weights(deployment.plan.layers[0])
     (found,) = run(open_session(deployment.model_path), {"x": x.astype(np.float32)})
     addend = (found - (0.5 * x @ held.T.astype(np.float64) + bias)).mean(axis=0)
-    errors = 0.5 * errors_of_chips(deployment, weights, FAULTS, 800) @ x.T + addend[:, None]
+    errors = 0.5 * errors_of_chips(deployment, weights, FAULTS, 500) @ x.T + addend[:, None]
     energy = np.sum((0.5 * x @ weights.T) ** 2)
 
-    spread = errors.mean(axis=2).std(axis=0) / np.sqrt(800)
+    spread = errors.mean(axis=2).std(axis=0) / np.sqrt(500)
     assert (np.abs(errors.mean(axis=(0, 2))) < 4.5 * spread).all()
-    assert correction.error == pytest.approx(np.sum(errors**2, axis=(1, 2)).mean() / energy, rel=0.05)
+    assert correction.error == pytest.approx(np.sum(errors**2, axis=(1, 2)).mean() / energy, rel=0.06)
     assert correction.bias
     if mapping == "offset":
         assert correction.error < correction.error_uncorrected
         assert np.median(np.abs(addend) / spread) > 10
     if not clip:
-        plain = errors_of_chips(compile_text(BIASED, {"W": weights, "B": bias}, mapping=mapping), weights, FAULTS, 800)
+        plain = errors_of_chips(compile_text(BIASED, {"W": weights, "B": bias}, mapping=mapping), weights, FAULTS, 500)
         simulated = np.sum((0.5 * plain @ x.T) ** 2, axis=(1, 2)).mean() / energy
-        assert correction.error_uncorrected == pytest.approx(simulated, rel=0.05)
+        assert correction.error_uncorrected == pytest.approx(simulated, rel=0.06)
 
 
 def test_a_pair_that_is_not_clipped_is_divided_by_the_share_of_healthy_cells(compile_text: Compile) -> None:

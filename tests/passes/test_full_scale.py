@@ -39,7 +39,7 @@ def coding_of(kind: str, scheme: str, off: float, on: float) -> tuple[Coding, St
     return coding, StuckCell.of(cell, coding, stuck_off=off, stuck_on=on)
 
 
-def problem(seed: int, outputs: int = 3, inputs: int = 24) -> tuple[Doubles, npt.NDArray[np.bool_], Doubles]:
+def problem(seed: int, outputs: int = 2, inputs: int = 24) -> tuple[Doubles, npt.NDArray[np.bool_], Doubles]:
     """Weights with some outliers, zeros among them, and correlated inputs that are not centred."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_t(3, (outputs, inputs)) * (rng.random((outputs, inputs)) < 0.8)
@@ -64,7 +64,7 @@ def expected_error(
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["analog", "outside"])
 @given(seed=st.integers(0, 1000), off=st.floats(0, 0.05), on=st.floats(0.001, 0.1))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_threshold_is_better(kind: str, scheme: str, seed: int, off: float, on: float) -> None:
     coding, stuck = coding_of(kind, scheme, off, on)
     weights, placed, moment = problem(seed)
@@ -72,7 +72,7 @@ def test_no_threshold_is_better(kind: str, scheme: str, seed: int, off: float, o
     for output, (scale, error, before) in enumerate(zip(*losses.least(), strict=True)):
         case = (weights[output], placed[output], moment, coding, stuck)
         top, floor = np.abs(weights[output]).max(), losses.floor[output]
-        tried = [expected_error(*case, s) for s in np.linspace(floor, top, 400)]
+        tried = [expected_error(*case, s) for s in np.linspace(floor, top, 100)]
         assert floor <= scale <= top == losses.top[output]
         assert error == pytest.approx(expected_error(*case, scale), rel=2e-4)
         assert before == pytest.approx(tried[-1], rel=2e-4)
@@ -88,7 +88,7 @@ def test_levels_and_slices_are_near(kind: str, scheme: str) -> None:
     losses = losses_of(weights, placed, moment, FaultNoise.of(coding, stuck))
     for output, (scale, error, _) in enumerate(zip(*losses.least(), strict=True)):
         case = (weights[output], placed[output], moment, coding, stuck)
-        tried = [expected_error(*case, s) for s in np.linspace(losses.floor[output], losses.top[output], 400)]
+        tried = [expected_error(*case, s) for s in np.linspace(losses.floor[output], losses.top[output], 150)]
         assert error == pytest.approx(expected_error(*case, scale), rel=0.15)
         assert expected_error(*case, scale) <= min(tried) * 1.1
 
@@ -98,8 +98,8 @@ def test_one_scale_for_all_outputs(scheme: str) -> None:
     """Of outputs of several groups, whose inputs differ."""
     coding, stuck = coding_of("analog", scheme, 0.01, 0.04)
     cases = [problem(seed) for seed in (1, 2)]
-    noise, floor = FaultNoise.of(coding, stuck), np.full(3, 0.3)
-    losses = Losses.stacked([losses_of(*case, noise, floor=floor) for case in cases]).together()
+    noise, floor = FaultNoise.of(coding, stuck), 0.3
+    losses = Losses.together(losses_of(*case, noise, floor=floor) for case in cases)
     (scale,), (error,), _ = losses.least()
     top = max(np.abs(weights).max() for weights, _, _ in cases)
 
@@ -109,19 +109,19 @@ def test_one_scale_for_all_outputs(scheme: str) -> None:
 
     assert 0.3 < scale < top == losses.top
     assert error == pytest.approx(total(scale), rel=2e-4)
-    assert error <= min(total(s) for s in np.linspace(0.3, top, 300)) * (1 + 2e-4)
+    assert error <= min(total(s) for s in np.linspace(0.3, top, 100)) * (1 + 2e-4)
 
 
 @pytest.mark.parametrize(("scheme", "share"), [("two_column", 5.2 / 6.2), ("differential", 1 / 6.2)])
 def test_more_faults_clip_more(scheme: str, share: float) -> None:
     """Normal weights, inputs that have nothing in common: beside integrals over the normal distribution."""
     weights = np.random.default_rng(0).standard_normal((20, 1000))
-    held, floor = np.ones((1, 1000), np.bool_), np.ones(1)
+    held = np.ones((1, 1000), np.bool_)
     found, expected = [], []
     for rate in (0.001, 0.005, 0.02, 0.05):
         noise = FaultNoise.of(*coding_of("analog", scheme, rate / 6.2, rate * 5.2 / 6.2))
-        parts = [losses_of(w[None], held, np.eye(1000), noise, floor=floor) for w in weights]
-        found.append(float(Losses.stacked(parts).together().least()[0][0]))
+        parts = [losses_of(w[None], held, np.eye(1000), noise, floor=1.0) for w in weights]
+        found.append(float(Losses.together(parts).least()[0][0]))
         grid = np.linspace(1, 4, 1000)
         expected.append(grid[np.argmin([normal_loss(s, rate, share * rate) for s in grid])])
     np.testing.assert_allclose(found, expected, atol=0.08)
