@@ -170,7 +170,7 @@ def main() -> None:
         "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
         "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
-        "rerampile compile m.onnx --clip --failure-rate 0.01 --calibration npz:F",
+        "rerampile compile m.onnx --clip --correct --failure-rate 0.01 --calibration npz:F",
     ),
 )
 @click.argument("model", type=PATH)
@@ -199,8 +199,8 @@ def main() -> None:
 @click.option(
     "--clip",
     is_flag=True,
-    help="Full scales of the least expected output error on --calibration, clipping the largest weights, in place of "
-    "the largest weights.",
+    help="Full scales of the least expected output error, which clip the largest weights; on --calibration, or where "
+    "all inputs are alike.",
 )
 @click.option(
     "--correct",
@@ -270,13 +270,10 @@ def compile_(
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    calibrated = clip or correct
-    if calibrated and data["data"] is None:
-        raise click.UsageError(
-            f"{'--clip' if clip else '--correct'}: expected --calibration DATA, which shows how much each weight does; "
-            "where all count alike, clipping can do more harm than faults"
-        )
-    if (prune_method is None) != (data["data"] is None) and not calibrated:
+    calibrated, given = clip or correct, data["data"] is not None
+    if correct and not given:
+        raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
+    if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
@@ -301,7 +298,7 @@ def compile_(
             scale=scale,
             clip=clip,
             correct=correct,
-            calibration=open_calibration(model, data) if calibrated else None,
+            calibration=open_calibration(model, data) if calibrated and given else None,
             calibration_images=data["images"] or CALIBRATION_IMAGES,
             prune=None if pruned else prune,
             masks=masks,

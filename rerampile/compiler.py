@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
@@ -84,9 +85,9 @@ def compile_model(
             worth.
         scale: One full scale for each tensor, or for each output channel.
         clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
-            weight.
+            weight; without images all inputs count alike.
         correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
-        calibration: Images for both; targets are not needed.
+        calibration: Images for both, and needed for ``correct``; targets are not.
         calibration_images: How many of the images to use at most, spread over the data.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
@@ -125,8 +126,10 @@ def compile_model(
         tolerance=tolerance,
         keep_stages=keep_stages,
     )
-    if (calibration is not None) != (clip or correct):
-        raise ConfigError("calibration images and clip or correct: expected both or none of them")
+    if calibration is None and correct:
+        raise ConfigError("correct: no calibration images, expected some, which show the mean of each input")
+    if calibration is not None and not (clip or correct):
+        raise ConfigError("calibration images without effect, expected clip or correct with them")
     if pruned is not None and (options.prune or options.masks is not None):
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
@@ -150,6 +153,8 @@ def compile_model(
             if calibration is not None:
                 seen = _calibration(unit.graph, calibration, calibration_images)
                 unit = dataclasses.replace(unit, calibration=seen)
+            elif clip:
+                unit = dataclasses.replace(unit, calibration=_alike)
             _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
 
@@ -170,6 +175,16 @@ def _calibration(graph: ModelGraph, data: Dataset, images: int) -> Calibration:
         return averages, reasons
 
     return moments
+
+
+def _alike(layers: Sequence[Layer]) -> tuple[Mapping[str, InputMoments], Mapping[str, str]]:
+    """Return moments of inputs of which nothing is known: of one size, of mean zero, with nothing in common."""
+    found = {}
+    for layer in layers:
+        groups, inputs = layer.view.groups, layer.view.inputs
+        square = np.broadcast_to(np.eye(inputs), (groups, inputs, inputs))
+        found[layer.name] = InputMoments(square=square, mean=np.zeros((groups, inputs)))
+    return found, {}
 
 
 def _loaded(model: str | os.PathLike[str] | onnx.ModelProto | PrunedModel) -> ModelFile:

@@ -237,7 +237,7 @@ class ClipPlan(_Record, kw_only=True, frozen=True):
     """How a layer's full scales were chosen.
 
     Errors are of the layer's products on the calibration images, squared, as a share of the squared products of the
-    weights before clipping.
+    weights before clipping; where there were no images, for inputs of one size that have nothing in common.
 
     Attributes:
         clipped: Weights that were larger than the full scale, and are held as large as it.

@@ -40,9 +40,9 @@ def clip_words(plan: Plan) -> str | None:
         return None
     count = sum(clip.clipped for _, clip in clips)
     layer, most = max(clips, key=lambda pair: pair[1].output_change)
-    words = (
-        f"{count:,} weights; that changes the outputs of '{printable(layer.name)}' most, by {most.output_change:.2%}"
-    )
+    alike = "" if plan.options.get("calibration") else ", all inputs counted alike"
+    words = f"that changes the outputs of '{printable(layer.name)}' most, by {most.output_change:.2%}"
+    words = f"{count:,} weights{alike}; {words}"
     left = sum(clip.reason is not None for _, clip in clips)
     return f"{words}; {left:,} layers left as they are" if left else words
 

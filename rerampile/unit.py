@@ -34,7 +34,7 @@ class CompileOptions:
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
         clip: Whether full scales are those of the least expected error.
         correct: Whether gains and biases make up for mean errors.
-        calibration: The ``data`` that both are chosen from, and how many ``images``; empty where neither is asked for.
+        calibration: The ``data`` that both are chosen from, and how many ``images``; empty where there are none.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
@@ -155,7 +155,7 @@ class Unit:
         folder: Where the deployment is being written (a temporary folder until it is whole).
         pruned: What was pruned before, with weights of its own, or None; its model is :attr:`model`.
         calibration: Gives the moments of the inputs of some layers by layer name, and the reason for each layer whose
-            inputs cannot be seen; None where there are no calibration images.
+            inputs cannot be seen; None where nothing is chosen by them.
         layers: Filled by *find layers*.
         digital: Filled by *find layers*.
         masks: By layer name, filled by *prune*.

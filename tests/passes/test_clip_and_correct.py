@@ -119,6 +119,17 @@ def test_the_expected_error_is_that_of_many_chips(mapping: str, scale: str, comp
     assert clip.full_scale == pytest.approx(np.mean(shares), rel=1e-5)
 
 
+def test_without_images_errors_are_those_of_weights(compile_text: Compile) -> None:
+    weights = outliers(16, 24)
+    deployment = compile_text(ONE, {"W": weights}, clip=True, faults=FAULTS)
+    clip, power = clip_of(deployment), np.sum(weights.astype(np.float64) ** 2)
+    errors = errors_of_chips(deployment, weights, FAULTS, 500)
+    assert clip.error == pytest.approx(np.sum(errors**2, axis=(1, 2)).mean() / power, rel=0.06)
+    held = deployment.weights(deployment.plan.layers[0])
+    assert clip.output_change == pytest.approx(np.sum((held - weights) ** 2) / power, rel=1e-4)
+    assert deployment.plan.options["calibration"] == {}
+
+
 @pytest.mark.parametrize("scale", ["channel", "tensor"])
 @pytest.mark.parametrize("levels", [None, 32])
 def test_a_clipped_model_is_what_is_deployed(
@@ -287,16 +298,20 @@ def test_the_plan_says_from_what_it_was_chosen(compile_text: Compile) -> None:
 )
 def test_what_is_refused(options: dict[str, Any], message: str, compile_text: Compile) -> None:
     with pytest.raises(ConfigError, match=message):
-        compile_text(ONE, {"W": outliers(16, 24)}, clip=True, **{"calibration": images(50, 24), **options})
+        compile_text(ONE, {"W": outliers(16, 24)}, **{"clip": True, "calibration": images(50, 24), **options})
 
 
 def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
     onnx.save(model_of(ONE, {"W": outliers(16, 24)}), tmp_path / "m.onnx")
     np.savez(tmp_path / "x.npz", x=inputs_of(images(50, 24)))
     arguments = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out"), "--clip"]
-    refused = CliRunner().invoke(main, arguments)
+    refused = CliRunner().invoke(main, [*arguments, "--correct"])
     assert refused.exit_code == 2
-    assert "--clip: expected --calibration DATA, which shows how much each weight does" in refused.stderr
+    assert "--correct: expected --calibration DATA, which shows the mean of each input" in refused.stderr
+
+    alike = CliRunner().invoke(main, arguments)
+    assert alike.exit_code == 0, alike.stderr
+    assert "weights, all inputs counted alike; that changes the outputs of 'W' most" in alike.stdout
 
     arguments += ["--failure-rate", "0.03", "--calibration", f"npz:{tmp_path / 'x.npz'}"]
     done = CliRunner().invoke(main, arguments)
