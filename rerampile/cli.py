@@ -170,7 +170,7 @@ def main() -> None:
         "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
         "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
-        "rerampile compile m.onnx --clip --correct --failure-rate 0.01 --calibration npz:F",
+        "rerampile compile m.onnx --clip --correct --calibration npz:F",
     ),
 )
 @click.argument("model", type=PATH)
