@@ -75,7 +75,7 @@ def _least(
     """
     if unit.options.scale == "tensor":
         sizes = np.abs(weights[weights != 0])
-        floor = float(np.median(sizes)) if sizes.size else 0.0
+        floor = float(np.quantile(sizes, 0.75)) if sizes.size else 0.0
         return Losses.together(_losses(unit, layer, mapped, weights, seen, floor)).least()
     scale, error, before = zip(*(part.least() for part in _losses(unit, layer, mapped, weights, seen)), strict=True)
     return np.concatenate(scale), np.concatenate(error), np.concatenate(before)

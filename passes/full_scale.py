@@ -34,6 +34,7 @@ Integers = npt.NDArray[np.int64]
 
 _SAMPLES = 2001  # values of a weight at which the closed form of its scheme is read
 _PAIRS = 1 << 22  # pairs of weights handled at a time
+_BLOCK = 256  # weights of an output handled at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +181,14 @@ def losses_of(
         moment: E[x x^T], float64 [inputs, inputs]; around the means where a bias makes up for mean errors.
         noise: What stuck cells do to them.
         power: E[x^2], [inputs]; the diagonal of ``moment`` where None.
-        floor: The least scale that is tried; where None that which clips half of the weights of each output that are
-            not zero. Pairs of weights below it need not be looked at.
+        floor: The least scale that is tried; where None that which clips a quarter of the weights of each output that
+            are not zero. Pairs of weights below it need not be looked at.
     """
     size = np.abs(weights)
     order = np.argsort(-size, axis=1, kind="stable")
     ordered = _Sorted.of(weights, placed, moment, np.diagonal(moment) if power is None else power, order)
-    middle = np.minimum(np.count_nonzero(size, axis=1) // 2, size.shape[1] - 1)
-    least = ordered.size[np.arange(len(size)), middle] if floor is None else np.full(len(size), floor)
+    deepest = np.minimum(np.count_nonzero(size, axis=1) // 4, size.shape[1] - 1)
+    least = ordered.size[np.arange(len(size)), deepest] if floor is None else np.full(len(size), floor)
     b, shift = noise.mean_gain, noise.shift
     held = (ordered.power * ordered.placed)[:, :, None]
     variances = noise.variances[np.where(ordered.sign < 0, 1, 0)]  # [outputs, inputs, functions, 3]
@@ -253,16 +254,19 @@ def _clipping(ordered: _Sorted, moment: Doubles, order: Integers, floor: Doubles
         Coefficients of 1, s, s^2, float64 [outputs, inputs, 3]; without the pairs of weights below the floor.
     """
     size = ordered.size
-    total, weighted = np.zeros_like(size), np.zeros_like(size)
+    sums = np.zeros((*size.shape, 2))
     depth = max(1, int((size >= floor[:, None]).sum(axis=1).max()))
-    step = max(1, _PAIRS // depth**2)
+    step = max(1, _PAIRS // (min(depth, _BLOCK) * depth))
     for start in range(0, len(size), step):
         rows = slice(start, start + step)
         index, sign = order[rows, :depth], ordered.sign[rows, :depth]
-        pairs = moment[index[:, :, None], index[:, None, :]] * (sign[:, :, None] * sign[:, None, :])
-        larger = np.stack([np.ones_like(sign), size[rows, :depth]], axis=2)
-        sums = np.tril(pairs, -1) @ larger
-        total[rows, :depth], weighted[rows, :depth] = sums[:, :, 0], sums[:, :, 1]
+        errors = np.stack([sign, sign * size[rows, :depth]], axis=2)
+        for first in range(0, depth, _BLOCK):
+            last = min(first + _BLOCK, depth)
+            pairs = moment[index[:, first:last, None], index[:, None, :last]]
+            pairs[:, :, first:] = np.tril(pairs[:, :, first:], -1)
+            sums[rows, first:last] = sign[:, first:last, None] * (pairs @ errors[:, :last])
+    total, weighted = np.moveaxis(sums, 2, 0)
     own = ordered.own
     return np.stack(
         [
