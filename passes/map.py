@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 from rerampile.background import side_by_side
 from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
+from rerampile.passes.clip import clipped, unclipped
+from rerampile.passes.correct import corrected
 from rerampile.passes.weigh import Candidate, stuck_cell, weigh
 from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, row_chunks
 from rerampile.target import Target
@@ -21,6 +23,8 @@ from rerampile.unit import MappedLayer, Unit
 __all__ = ["Map", "coding_for"]
 
 Floats = npt.NDArray[np.float32]
+
+_MOMENTS_HELD = 1 << 30  # bytes of second moments of inputs at a time
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class Map:
                 f"mapping '{codings[0].scheme}': one cell of {codings[0].levels} levels holds zero and weights of one "
                 f"sign only; use more levels or slices, or a scheme with a pair of cells"
             )
-        mapped = side_by_side(lambda layer: _map_layer(unit, layer, possible), unit.layers)
-        return replace(unit, mapped=dict(zip((layer.name for layer in unit.layers), mapped, strict=True)))
+        found = side_by_side(lambda layer: _map_layer(unit, layer, possible), unit.layers)
+        mapped = dict(zip((layer.name for layer in unit.layers), found, strict=True))
+        return replace(unit, mapped=_calibrated(unit, mapped) if unit.calibration else mapped)
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the scheme, or how many layers have which, and the number of weights."""
@@ -54,7 +59,9 @@ class Map:
         if scheme == "auto":
             counts = Counter(mapped.coding.scheme for mapped in unit.mapped.values())
             scheme = f"auto ({', '.join(f'{name} {counts[name]}' for name in SCHEMES if counts[name])})"
-        return {"scheme": scheme, "scale": unit.options.scale, "weights": weights}
+        summary = {"scheme": scheme, "scale": unit.options.scale, "weights": weights}
+        clips = [mapped.clip for mapped in unit.mapped.values() if mapped.clip is not None]
+        return summary | ({"clipped": sum(clip.clipped for clip in clips)} if clips else {})
 
 
 def coding_for(unit: Unit, scheme: Scheme) -> Coding:
@@ -110,6 +117,35 @@ def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLay
         zeros=0 if nonzero is None else nonzero.size - int(np.count_nonzero(nonzero)),
         choice=choice,
     )
+
+
+def _calibrated(unit: Unit, mapped: Mapping[str, MappedLayer]) -> dict[str, MappedLayer]:
+    """Clip and correct layers, as many at a time as the moments of their inputs leave memory for."""
+    found: dict[str, MappedLayer] = {}
+    for layers in _within(unit.layers, _MOMENTS_HELD):
+        wanted = [layer for layer in layers if not layer.integer]
+        moments, reasons = unit.calibration(wanted) if unit.calibration and wanted else ({}, {})
+        reasons = {layer.name: "its weights are whole numbers" for layer in layers if layer.integer} | dict(reasons)
+        found |= {name: unclipped(unit, mapped[name], reason) for name, reason in reasons.items()}
+        for layer in (layer for layer in layers if layer.name in moments):
+            result, seen = mapped[layer.name], moments[layer.name]
+            result = clipped(unit, layer, result, seen) if unit.options.clip else result
+            found[layer.name] = corrected(unit, layer, result, seen) if unit.options.correct else result
+    return found
+
+
+def _within(layers: Sequence[Layer], most: int) -> Iterator[list[Layer]]:
+    """Yield layers in order, as many at once as have at most so many bytes of second moments, but at least one."""
+    chosen: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = 8 * layer.view.groups * layer.view.inputs**2
+        if chosen and held + size > most:
+            yield chosen
+            chosen, held = [], 0
+        chosen.append(layer)
+        held += size
+    yield chosen
 
 
 def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, largest: Floats) -> Candidate:

@@ -21,7 +21,7 @@ from rerampile.schemes import Coding, row_chunks
 from rerampile.stuck_cell import StuckCell
 from rerampile.unit import Unit
 
-__all__ = ["Candidate", "stuck_cell", "weigh"]
+__all__ = ["Candidate", "placed", "stuck_cell", "weigh"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -85,21 +85,21 @@ def _estimates(
     unit: Unit, layer: Layer, nonzero: Flags | None, candidates: Sequence[Candidate]
 ) -> list[SchemeEstimate]:
     """Return the estimate of each candidate; the weights are read once, some outputs at a time."""
-    weights, placed = unit.weight_rows(layer), _placed(layer, nonzero)
+    weights, held = unit.weight_rows(layer), placed(layer, nonzero)
     sums = [_Sums.of(unit, candidate, layer.view.shape[0]) for candidate in candidates]
     power = 0.0
     for rows in row_chunks(layer.view.shape):
-        part, held = weights(rows), placed[rows]
+        part, cells = weights(rows), held[rows]
         power += float(np.square(part, dtype=np.float64).sum())
         for each in sums:
-            each.add(rows, part, held)
+            each.add(rows, part, cells)
     pair = next(candidate for candidate in candidates if candidate.coding.cells == 2)
     full_scale = pair.gain.astype(np.float64) * pair.coding.span
-    inputs = placed.sum(axis=1, dtype=np.float64)
+    inputs = held.sum(axis=1, dtype=np.float64)
     return [each.estimate(inputs, full_scale, power or 1.0, unit.options.current_weight) for each in sums]
 
 
-def _placed(layer: Layer, nonzero: Flags | None) -> Flags:
+def placed(layer: Layer, nonzero: Flags | None) -> Flags:
     """Return which weights take cells, [groups * outputs, inputs], as far as that is known before allocation."""
     view = layer.view
     if nonzero is None:

@@ -34,7 +34,7 @@ from rerampile.fault_commands import fault_maps
 from rerampile.finetune_command import finetune
 from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
-from rerampile.prune_command import prune, prune_file
+from rerampile.prune_command import open_calibration, prune, prune_file
 from rerampile.search_command import search
 from rerampile.validate_command import validate
 
@@ -171,6 +171,7 @@ def main() -> None:
         "rerampile compile m.onnx --prune 0.7 --prune-method admm --calibration npz:F",
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
         "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
+        "rerampile compile m.onnx --clip --correct --calibration npz:F",
     ),
 )
 @click.argument("model", type=PATH)
@@ -196,6 +197,17 @@ def main() -> None:
     help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
+@click.option(
+    "--clip",
+    is_flag=True,
+    help="Full scales of the least expected output error, which clip the largest weights; on --calibration, or where "
+    "all inputs are alike.",
+)
+@click.option(
+    "--correct",
+    is_flag=True,
+    help="Gains and biases that make up for what stuck cells do to outputs on average, on --calibration.",
+)
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
@@ -237,6 +249,8 @@ def compile_(
     faults: FaultModel | None,
     current_weight: float,
     scale: Literal["channel", "tensor"],
+    clip: bool,
+    correct: bool,
     prune: float | dict[str, float] | None,
     prune_method: str | None,
     data: dict[str, Any],
@@ -254,10 +268,13 @@ def compile_(
 
     MODEL is an ONNX file. The folder is written whole or not at all; the model itself is never changed.
     """
-    from rerampile.compiler import compile_model
+    from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    if (prune_method is None) != (data["data"] is None):
+    calibrated, given = clip or correct, data["data"] is not None
+    if correct and not given:
+        raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
+    if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
@@ -265,8 +282,9 @@ def compile_(
     resolved = Target.load(target, settings)
     weighed = (mapping or resolved.mapping) in _WEIGHED
     if not weighed:
+        names = ("current_weight",) if calibrated else ("rate", "off_on", "stuck_off", "stuck_on", "current_weight")
         reason = f"no effect on mapping {mapping or resolved.mapping}; use it with {' or '.join(_WEIGHED)}"
-        refuse_given(ctx, ("rate", "off_on", "stuck_off", "stuck_on", "current_weight"), reason)
+        refuse_given(ctx, names, reason)
     if verbose:
         _say_versions()
     pruned = None if prune_method is None else _pruned(model, prune, prune_method, data, out, quiet)
@@ -276,9 +294,13 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed else None,
+            faults=faults if weighed or calibrated else None,
             current_weight=current_weight,
             scale=scale,
+            clip=clip,
+            correct=correct,
+            calibration=open_calibration(model, data) if calibrated and given else None,
+            calibration_images=data["images"] or CALIBRATION_IMAGES,
             prune=None if pruned else prune,
             masks=masks,
             pack=pack,
@@ -405,7 +427,10 @@ def verify(folder: Path, as_json: bool) -> None:
     help="Write the cells of that array, [rows, columns], spare ones included.",
 )
 @click.option(
-    "-v", "--verbose", is_flag=True, help="List every array and every digital node, and what schemes were weighed."
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="List every array and every digital node, and what schemes and full scales were weighed.",
 )
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
@@ -417,7 +442,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_choices
+        from rerampile.show_mapping import show_calibrated, show_choices
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -428,6 +453,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             show_plan(console(), read, Target.from_dict(read.target, where=f"{path}: $.target"), verbose)
             if verbose:
                 show_choices(console(), read)
+                show_calibrated(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

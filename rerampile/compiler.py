@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError
 from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
 from rerampile.graph import ModelGraph
+from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
@@ -28,15 +30,19 @@ from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import WEIGHED, MappingName, known_mapping
 from rerampile.target import Target
-from rerampile.unit import CompileOptions, Pass, Unit
+from rerampile.unit import Calibration, CompileOptions, InputMoments, Pass, Unit
 
 if TYPE_CHECKING:
+    from rerampile.runtime.dataset import Dataset
     from rerampile.runtime.faults import FaultModel
 
-__all__ = ["PASSES", "Progress", "check_replaceable", "compile_model"]
+__all__ = ["CALIBRATION_IMAGES", "PASSES", "Progress", "check_replaceable", "compile_model"]
 
 PASSES: tuple[Pass, ...] = (*_COMPILE_PASSES, Verify())
 """Every pass of a compilation, in order."""
+
+CALIBRATION_IMAGES = 256
+"""Images that full scales and corrections are chosen from, if nothing else is asked for."""
 
 _LEAST_RATE = 1e-9  # less is none, and overflows
 
@@ -52,6 +58,10 @@ def compile_model(
     faults: FaultModel | None = None,
     current_weight: float = 0.0,
     scale: Literal["tensor", "channel"] = "channel",
+    clip: bool = False,
+    correct: bool = False,
+    calibration: Dataset | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
@@ -69,9 +79,16 @@ def compile_model(
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
-        faults: For ``optimal`` and ``auto``, how likely a cell is stuck; a failure rate of 0.001 where None.
-        current_weight: For the same, how much squared error, in full scales, a unit of read current is worth.
+        faults: For ``optimal``, ``auto``, ``clip`` and ``correct``, how likely a cell is stuck; a failure rate of 0.001
+            where None.
+        current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
+            worth.
         scale: One full scale for each tensor, or for each output channel.
+        clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
+            weight; without images all inputs count alike.
+        correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
+        calibration: Images for both, and needed for ``correct``; targets are not.
+        calibration_images: How many of the images to use at most, spread over the data.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
@@ -93,8 +110,13 @@ def compile_model(
     known = known_mapping(mapping or resolved.mapping)
     options = CompileOptions(
         mapping=known,
-        **_weighing(known, faults, current_weight),
+        **_weighing(known, faults, current_weight, calibrated=clip or correct),
         scale=_known_scale(scale),
+        clip=clip,
+        correct=correct,
+        calibration={}
+        if calibration is None
+        else {"data": calibration.name, "images": min(len(calibration), calibration_images)},
         prune=_ratios(prune),
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
@@ -104,6 +126,10 @@ def compile_model(
         tolerance=tolerance,
         keep_stages=keep_stages,
     )
+    if calibration is None and correct:
+        raise ConfigError("correct: no calibration images, expected some, which show the mean of each input")
+    if calibration is not None and not (clip or correct):
+        raise ConfigError("calibration images without effect, expected clip or correct with them")
     if pruned is not None and (options.prune or options.masks is not None):
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
@@ -124,8 +150,41 @@ def compile_model(
                 folder=folder,
                 pruned=pruned,
             )
+            if calibration is not None:
+                seen = _calibration(unit.graph, calibration, calibration_images)
+                unit = dataclasses.replace(unit, calibration=seen)
+            elif clip:
+                unit = dataclasses.replace(unit, calibration=_alike)
             _run_passes(unit, passes, progress or (lambda *_: None))
     return load_deployment(out)
+
+
+def _calibration(graph: ModelGraph, data: Dataset, images: int) -> Calibration:
+    """Return what gives the moments of layers' inputs on calibration images."""
+    from rerampile.runtime.dataset import spread
+    from rerampile.runtime.second_moments import second_moments
+
+    chosen = spread(len(data), min(len(data), images))
+
+    def moments(layers: Sequence[Layer]) -> tuple[Mapping[str, InputMoments], Mapping[str, str]]:
+        found, reasons = second_moments(graph, layers, data, chosen)
+        averages = {
+            name: InputMoments(square=each.moment / each.count, mean=each.total / each.count)
+            for name, each in found.items()
+        }
+        return averages, reasons
+
+    return moments
+
+
+def _alike(layers: Sequence[Layer]) -> tuple[Mapping[str, InputMoments], Mapping[str, str]]:
+    """Return moments of inputs of which nothing is known: of one size, of mean zero, with nothing in common."""
+    found = {}
+    for layer in layers:
+        groups, inputs = layer.view.groups, layer.view.inputs
+        square = np.broadcast_to(np.eye(inputs), (groups, inputs, inputs))
+        found[layer.name] = InputMoments(square=square, mean=np.zeros((groups, inputs)))
+    return found, {}
 
 
 def _loaded(model: str | os.PathLike[str] | onnx.ModelProto | PrunedModel) -> ModelFile:
@@ -306,30 +365,34 @@ def _move_into_place(folder: Path, out: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _weighing(mapping: MappingName, faults: FaultModel | None, current_weight: float) -> dict[str, float]:
-    """Return the options that weigh schemes, for mappings that depend on them.
+def _weighing(
+    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, calibrated: bool
+) -> dict[str, float]:
+    """Return the options that weigh schemes and full scales, where the mapping or clipping depends on them.
 
     Raises:
-        ConfigError: They are out of range, or the mapping does not depend on them.
+        ConfigError: They are out of range, or nothing depends on them.
     """
-    if mapping not in WEIGHED:
+    if mapping not in WEIGHED and (not calibrated or current_weight):
         if faults is None and not current_weight:
             return {}
+        given = "current weights" if calibrated else "fault probabilities and current weights"
         raise ConfigError(
-            f"mapping '{mapping}' is the same for all fault probabilities and current weights, expected none; leave "
-            f"them out, or use {' or '.join(WEIGHED)}"
+            f"mapping '{mapping}' is the same for all {given}, expected none; leave them out, or use "
+            f"{' or '.join(WEIGHED)}"
         )
+    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip and --correct"
     from rerampile.runtime.faults import FaultModel  # brings half of scipy
 
     faults = faults or FaultModel.of_rate(0.001)
     if not _LEAST_RATE <= faults.rate <= 1 - _LEAST_RATE:
         raise ConfigError(
-            f"mapping '{mapping}': {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where one "
-            f"scheme is better than another; give --failure-rate, or --stuck-off and --stuck-on"
+            f"{what}: {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where there is "
+            f"something to weigh; give --failure-rate, or --stuck-off and --stuck-on"
         )
     if faults.rate_unit != "cell":
         raise ConfigError(
-            f"mapping '{mapping}': a failure rate of a {faults.rate_unit}, expected one of a cell; leave out "
+            f"{what}: a failure rate of a {faults.rate_unit}, expected one of a cell; leave out "
             f"--rate-unit {faults.rate_unit}"
         )
     if not 0 <= current_weight <= 1:

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rerampile.crossbar_functions import DOMAIN, DOMAIN_VERSION, CellInputs, FunctionLibrary
+from rerampile.editable_model import own_bias
 from rerampile.files import CONDUCTANCES, DIGITAL
 from rerampile.graph import GraphNode
 from rerampile.graph_edit import UnusedNames, rewrite_graph
@@ -123,14 +124,17 @@ def _cell_inputs(
 
 
 def _folded_bias(unit: Unit, layer: Layer) -> npt.NDArray[Any] | None:
-    """Return a layer's folded bias in its own type, for the weights that its cells hold."""
-    if layer.bias is None:
-        return None
+    """Return a layer's folded and corrected bias in its own type, for the weights that its cells hold."""
     mapped = unit.mapped[layer.name]
+    if layer.bias is None:
+        bias = None if mapped.addend is None else own_bias(unit.graph, layer) + mapped.addend
+        return None if bias is None else bias.astype(helper.tensor_dtype_to_np_dtype(layer.element_type))
     weights = unit.weights(layer) if layer.input_addend is not None else np.zeros((0, 0), np.float32)
     if layer.input_addend is not None:
         weights = mapped.coding.decode(mapped.coding.encode(weights, mapped.gain), mapped.gain)
     bias = layer.bias_with(weights)
+    if bias is not None and mapped.addend is not None:
+        bias = bias + mapped.addend
     return None if bias is None else bias.astype(helper.tensor_dtype_to_np_dtype(layer.element_type))
 
 

@@ -16,12 +16,12 @@ from rerampile.graph_edit import UnusedNames, rewrite_graph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, copy_without, iter_graphs
 
-__all__ = ["EditableModel", "can_shift"]
+__all__ = ["BIAS", "EditableModel", "can_shift", "own_bias"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Doubles = npt.NDArray[np.float64]
 
-_BIAS = 2  # the input slot of Conv and Gemm
+BIAS = 2  # the input slot of Conv and Gemm
 
 
 def can_shift(graph: ModelGraph, layer: Layer) -> bool:
@@ -31,8 +31,24 @@ def can_shift(graph: ModelGraph, layer: Layer) -> bool:
         return False
     if node.op == "Gemm" and (node.attribute("beta", 1.0) != 1.0 or node.attribute("transA", 0)):
         return False
-    bias = node.input(_BIAS)
+    bias = node.input(BIAS)
     return bias is None or (graph.is_constant(bias) and graph.shape(bias) == (layer.view.channels,))
+
+
+def own_bias(graph: ModelGraph, layer: Layer, shift: Doubles | float = 0.0) -> Doubles:
+    """Return the bias of a layer's node, before folding, that moves its outputs, folding included, by a shift.
+
+    Args:
+        graph: The model.
+        layer: A layer for which :func:`can_shift` holds.
+        shift: What is added to each output, float64 [channels]; 0 where folding multiplies an output by 0.
+    """
+    tensor = layer.uses[0][0].input(BIAS)
+    bias = np.zeros(layer.view.channels) if tensor is None else graph.read(tensor).astype(np.float64)
+    if layer.output_factor is not None:
+        factor = layer.output_factor
+        shift = np.divide(shift, factor, out=np.zeros_like(factor), where=factor != 0)
+    return bias + shift
 
 
 class EditableModel:
@@ -97,12 +113,7 @@ class EditableModel:
             layer: A layer for which :func:`can_shift` holds.
             shift: What is added to each output, float64 [channels]; 0 where folding multiplies an output by 0.
         """
-        tensor = layer.uses[0][0].input(_BIAS)
-        bias = np.zeros(layer.view.channels) if tensor is None else self._graph.read(tensor).astype(np.float64)
-        if layer.output_factor is not None:
-            factor = layer.output_factor
-            shift = np.divide(shift, factor, out=np.zeros_like(shift), where=factor != 0)
-        self._put(self._bias_names[layer.name], bias + shift, layer.element_type)
+        self._put(self._bias_names[layer.name], own_bias(self._graph, layer, shift), layer.element_type)
 
     def _put(self, name: str, values: npt.NDArray[np.floating[Any]], element_type: int) -> None:
         array = values.astype(helper.tensor_dtype_to_np_dtype(element_type))
@@ -110,7 +121,7 @@ class EditableModel:
 
     def _freed(self, layers: Sequence[Layer]) -> set[str]:
         """Return the tensors that the layers' nodes no longer read."""
-        biases = (layer.uses[0][0].input(_BIAS) for layer in layers if layer.name in self._bias_names)
+        biases = (layer.uses[0][0].input(BIAS) for layer in layers if layer.name in self._bias_names)
         return {layer.tensor.name for layer in layers} | {bias.name for bias in biases if bias is not None}
 
     def _keep_names(self, graph: onnx.GraphProto, layers: Sequence[Layer]) -> None:
@@ -129,7 +140,7 @@ class EditableModel:
             for node, slot in layer.uses:
                 slots.setdefault(id(node.proto), {})[slot] = self._names[layer.name]
             if layer.name in self._bias_names:
-                slots[id(layer.uses[0][0].proto)][_BIAS] = self._bias_names[layer.name]
+                slots[id(layer.uses[0][0].proto)][BIAS] = self._bias_names[layer.name]
 
         def rewrite(node: onnx.NodeProto) -> onnx.NodeProto:
             new = copy_without(node) if id(node) in slots else node

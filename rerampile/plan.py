@@ -22,7 +22,9 @@ __all__ = [
     "FORMAT_VERSION",
     "NO_SHA256",
     "ArrayPlan",
+    "ClipPlan",
     "Conventions",
+    "CorrectionPlan",
     "DigitalPlan",
     "FileRecord",
     "FoldPlan",
@@ -231,6 +233,49 @@ class MappingChoice(_Record, kw_only=True, frozen=True):
     estimates: list[SchemeEstimate]
 
 
+class ClipPlan(_Record, kw_only=True, frozen=True):
+    """How a layer's full scales were chosen.
+
+    Errors are of the layer's products on the calibration images, squared, as a share of the squared products of the
+    weights before clipping; where there were no images, for inputs of one size that have nothing in common.
+
+    Attributes:
+        clipped: Weights that were larger than the full scale, and are held as large as it.
+        full_scale: Full scale as a share of the largest magnitude that it is for, mean over the outputs.
+        output_change: What clipping changes where no cell is stuck.
+        error: Expected with stuck cells, clipping included, behind gains and biases that make up for the mean where
+            these are corrected; null where no scale was chosen.
+        error_unclipped: The same where every full scale is the largest magnitude.
+        reason: Why no scale was chosen; null where one was.
+    """
+
+    clipped: Count
+    full_scale: float
+    output_change: float
+    error: float | None
+    error_unclipped: float | None
+    reason: str | None
+
+
+class CorrectionPlan(_Record, kw_only=True, frozen=True):
+    """How digital gains and biases make up for what stuck cells do on average, and clipping.
+
+    Errors are of the layer's products on the calibration images, squared, as a share of the squared products of the
+    user's weights.
+
+    Attributes:
+        gain: What gains are multiplied by, mean over the outputs.
+        bias: Whether the bias was changed, too.
+        error: Expected with stuck cells.
+        error_uncorrected: The same without the correction.
+    """
+
+    gain: float
+    bias: bool
+    error: float
+    error_uncorrected: float
+
+
 class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells.
 
@@ -265,6 +310,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         mean_cell_conductance: Mean over the layer's cells that sit on arrays, siemens; 0 where none does.
         choice: Why the layer has its scheme; null where the options name it, without regard to how likely cells are
             stuck.
+        clip: How its full scales were chosen; left out where they are the largest magnitudes.
+        correction: What makes up for mean errors; left out where nothing does.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -298,6 +345,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     decoded_sha256: Sha256
     mean_cell_conductance: float
     choice: MappingChoice | None = None
+    clip: ClipPlan | msgspec.UnsetType = msgspec.UNSET
+    correction: CorrectionPlan | msgspec.UnsetType = msgspec.UNSET
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from onnx import TensorProto
 
@@ -89,6 +90,8 @@ def _options(unit: Unit) -> dict[str, Any]:
     """Return the resolved options; files by name only, so that the plan does not depend on where they lie."""
     options = dataclasses.asdict(unit.options)
     options.pop("keep_stages")
+    if unit.calibration is None:
+        options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
 
 
@@ -125,6 +128,8 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         decoded_sha256=NO_SHA256,  # verify decodes, and fills it in
         mean_cell_conductance=mean_conductance,
         choice=mapped.choice,
+        clip=mapped.clip or msgspec.UNSET,
+        correction=mapped.correction or msgspec.UNSET,
         mask=None
         if mask is None
         else MaskPlan(

@@ -19,6 +19,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
+from rerampile.show_mapping import clip_words
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
 
@@ -249,6 +250,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         f"{schemes}, one scale a {scales}; a pair conducts {siemens_text(totals.mean_pair_conductance)} on average",
     )
     yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
+    if (clipped := clip_words(plan)) is not None:
+        yield "clipped", clipped
     yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
     yield "arrays", f"{totals.arrays:,}{there}, {totals.utilisation:.1%} of their cells used"
     if totals.weights_without_cells or totals.arrays_saved_by_packing or any(layer.mask for layer in plan.layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, MappingChoice, Plan, Region
+from rerampile.plan import ArrayPlan, ClipPlan, CorrectionPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName
 from rerampile.target import Target
 
-__all__ = ["CompileOptions", "MappedLayer", "Mask", "Pass", "Unit"]
+__all__ = ["Calibration", "CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,13 @@ class CompileOptions:
 
     Attributes:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
-        stuck_off: Probability that a cell is stuck off, for mappings that depend on it; None for the others.
+        stuck_off: Probability that a cell is stuck off, where anything depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
         current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        clip: Whether full scales are those of the least expected error.
+        correct: Whether gains and biases make up for mean errors.
+        calibration: The ``data`` that both are chosen from, and how many ``images``; empty where there are none.
         prune: Ratios by block or layer name pattern in order, ``"*"`` for all layers; empty for none.
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
@@ -47,6 +50,9 @@ class CompileOptions:
     stuck_on: float | None = None
     current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
+    clip: bool = False
+    correct: bool = False
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, float] = field(default_factory=dict)
     pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
@@ -80,6 +86,12 @@ class MappedLayer:
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
         zeros: Number of zero weights.
         choice: Why the layer has its scheme, for mappings that weigh schemes.
+        limit: float32 [groups * outputs], what weights are clipped to, infinite where nothing is clipped; None where
+            nothing of the layer is.
+        clip: How full scales were chosen, where that was asked for.
+        factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
+        addend: float64 [groups * outputs], what corrects the bias, behind folds; None for nothing.
+        correction: How they were corrected, where that was asked for.
     """
 
     coding: Coding
@@ -87,6 +99,48 @@ class MappedLayer:
     nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
     zeros: int
     choice: MappingChoice | None = None
+    limit: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    clip: ClipPlan | None = None
+    factor: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    addend: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    correction: CorrectionPlan | None = None
+
+    @property
+    def as_given(self) -> bool:
+        """Whether cells and bias are those of the weights as they are: neither clipped nor corrected."""
+        return self.limit is None and self.factor is None and self.addend is None
+
+    def held(
+        self, weights: npt.NDArray[np.float32], rows: slice, unfolded: npt.NDArray[np.float32] | float = 1.0
+    ) -> npt.NDArray[np.float32]:
+        """Return weights clipped and corrected.
+
+        Args:
+            weights: float32 [rows, inputs].
+            rows: Which rows of the matrix they are.
+            unfolded: The magnitude of what is still to be folded into them, [rows, inputs] or broadcastable to it.
+        """
+        if self.limit is not None:
+            limit = np.broadcast_to(self.limit[rows, None], weights.shape)
+            limit = np.divide(limit, unfolded, out=np.full_like(weights, np.inf), where=np.asarray(unfolded) > 0)
+            weights = np.clip(weights, -limit, limit)
+        return weights if self.factor is None else weights * self.factor[rows, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputMoments:
+    """What the crossbars of a layer see on calibration images.
+
+    Attributes:
+        square: E[x x^T], float64 [groups, inputs, inputs].
+        mean: E[x], float64 [groups, inputs].
+    """
+
+    square: npt.NDArray[np.float64] = field(repr=False)
+    mean: npt.NDArray[np.float64] = field(repr=False)
+
+
+Calibration = Callable[[Sequence[Layer]], tuple[Mapping[str, InputMoments], Mapping[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +154,8 @@ class Unit:
         options: What the user asked for.
         folder: Where the deployment is being written (a temporary folder until it is whole).
         pruned: What was pruned before, with weights of its own, or None; its model is :attr:`model`.
+        calibration: Gives the moments of the inputs of some layers by layer name, and the reason for each layer whose
+            inputs cannot be seen; None where nothing is chosen by them.
         layers: Filled by *find layers*.
         digital: Filled by *find layers*.
         masks: By layer name, filled by *prune*.
@@ -118,6 +174,7 @@ class Unit:
     options: CompileOptions
     folder: Path
     pruned: PrunedModel | None = None
+    calibration: Calibration | None = field(default=None, repr=False)
     layers: tuple[Layer, ...] = ()
     digital: tuple[DigitalOperation, ...] = ()
     masks: Mapping[str, Mask] = field(default_factory=dict)
@@ -130,19 +187,24 @@ class Unit:
     plan: Plan | None = None
 
     def weights(self, layer: Layer) -> npt.NDArray[np.float32]:
-        """Return the weights to hold, folded and pruned, float32 [groups * outputs, inputs]; read anew each time."""
+        """Return the weights to hold, folded, pruned and, once mapped, clipped and corrected; read anew each time.
+
+        They are float32 [groups * outputs, inputs].
+        """
         return self.weight_rows(layer)(slice(None))
 
     def weight_rows(self, layer: Layer) -> Callable[[slice], npt.NDArray[np.float32]]:
-        """Return a reader of some rows of :meth:`weights`, which folds and prunes those rows alone."""
+        """Return a reader of some rows of :meth:`weights`, which makes those rows alone."""
         original, mask = layer.original_rows(self.graph), self.masks.get(layer.name)
+        mapped = self.mapped.get(layer.name)
         factor = layer.fold_factor()
         factors = None if factor is None else np.broadcast_to(factor, layer.view.shape)
 
         def read(rows: slice) -> npt.NDArray[np.float32]:
             part = original(rows)
             part = part if factors is None else np.multiply(part, factors[rows], dtype=np.float32)
-            return part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
+            part = part if mask is None else np.where(mask.kept[rows], part, np.float32(0))
+            return part if mapped is None else mapped.held(part, rows)
 
         return read
 

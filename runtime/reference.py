@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from rerampile.editable_model import BIAS, own_bias
 from rerampile.graph import ModelGraph
 from rerampile.graph_edit import UnusedNames, rewrite_graph
 from rerampile.layer import Layer
@@ -26,8 +27,8 @@ _WEIGHTS = "weights.safetensors"
 def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float32]], folder: Path) -> Path:
     """Write the user's model with other weights, nothing folded or mapped, and return its path.
 
-    Each mapped node reads a new initializer; every operation around it stays as the user wrote it, so that folds and
-    mapped functions are compared with what they replace.
+    Each mapped node reads a new initializer, and another one for its bias where that is corrected; every operation
+    around it stays as the user wrote it, so that folds and mapped functions are compared with what they replace.
 
     Args:
         unit: The compilation.
@@ -41,10 +42,12 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
     for layer in unit.layers:
         for node, slot in layer.uses:
             slots.setdefault(id(node.proto), {})[slot] = names[layer.name]
+    biases = _corrected_biases(unit, unused, slots)
 
     def rewrite(node: onnx.NodeProto) -> onnx.NodeProto:
         new = copy_without(node) if id(node) in slots else node
         for slot, name in slots.get(id(node), {}).items():
+            new.input.extend([""] * (slot + 1 - len(new.input)))
             new.input[slot] = name
         return new
 
@@ -71,10 +74,22 @@ def write_reference(unit: Unit, weights: Callable[[Layer], npt.NDArray[np.float3
             made[name] = numpy_helper.from_array(_values(unit, by_name[name], weights), name)
     kept = [t for t in model.graph.initializer if t.name not in made]
     del model.graph.initializer[:]
-    model.graph.initializer.extend([*kept, *made.values()])
+    model.graph.initializer.extend([*kept, *made.values(), *biases])
     path = folder / "reference.onnx"
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def _corrected_biases(unit: Unit, unused: UnusedNames, slots: dict[int, dict[int, str]]) -> list[TensorProto]:
+    """Return the biases that correct outputs, as the user's graph adds them, and note which nodes read them."""
+    made = []
+    for layer in unit.layers:
+        addend = unit.mapped[layer.name].addend
+        if addend is not None:
+            name = unused.new(f"{layer.name}__bias")
+            slots[id(layer.uses[0][0].proto)][BIAS] = name
+            made.append(numpy_helper.from_array(own_bias(unit.graph, layer, addend).astype(_dtype(layer)), name))
+    return made
 
 
 def _values(

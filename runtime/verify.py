@@ -218,17 +218,20 @@ def _tolerance(unit: Unit, sensitivity: float | None) -> float:
 
 
 def _pruned_session(unit: Unit, scratch: Path) -> Any:
-    """Open the user's own model, with masks applied where there are any, as converted where it was too old to run."""
+    """Open the user's own model, with its weights changed where they are, as converted where it was too old to run."""
     model = unit.model
-    if not unit.masks and model.converted_from_opset is None:  # the model itself, not what we make of it
+    as_given = not unit.masks and all(mapped.as_given for mapped in unit.mapped.values())
+    if as_given and model.converted_from_opset is None:  # the model itself, not what we make of it
         return open_session(model.path if model.path is not None else model.proto.SerializeToString())
     return open_session(write_reference(unit, partial(_pruned, unit), scratch))
 
 
 def _pruned(unit: Unit, layer: Layer) -> npt.NDArray[np.float32]:
+    """Return the weights to hold as the user's graph reads them: pruned, clipped and corrected, folds divided out."""
     matrix = layer.original_matrix(unit.graph)
-    mask = unit.masks.get(layer.name)
-    return matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+    mask, factor = unit.masks.get(layer.name), layer.fold_factor()
+    matrix = matrix if mask is None else np.where(mask.kept, matrix, np.float32(0))
+    return unit.mapped[layer.name].held(matrix, slice(None), 1.0 if factor is None else np.abs(factor))
 
 
 def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.float32]:
