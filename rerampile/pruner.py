@@ -265,7 +265,8 @@ def _shift(
 ) -> Doubles:
     """Return what brings the mean of each output back to the dense model's, float64 [channels]."""
     added = 0.0 if layer.input_addend is None else layer.input_addend
-    x, d = found.pruned.total / found.pruned.count + added, found.dense_total / found.pruned.count + added
+    scale = layer.uses[0][0].attribute("alpha", 1.0) / found.pruned.count  # of a Gemm: acts on products alone
+    x, d = found.pruned.total * scale + added, found.dense_total * scale + added
     wanted, have = (np.einsum("goi,gi->go", w.astype(np.float64), mean) for w, mean in ((dense, d), (pruned, x)))
     shift: Doubles = (wanted - have).reshape(-1)
     return shift

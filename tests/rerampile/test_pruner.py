@@ -351,3 +351,26 @@ def test_calibration_is_the_split_that_is_named(small_model_file: Path, tmp_path
     for end, count in (("", 6), ("@train", 6), ("@test", 4)):
         spec = f"imagefolder:{tmp_path / 'images'}{end}"
         assert len(open_calibration(small_model_file, {"data": spec, **data})) == count
+
+
+def test_a_bias_behind_the_alpha_of_a_gemm(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    """The mean of every output stays the dense model's."""
+    rng = np.random.default_rng(5)
+    net = parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N, 12] image) => (float[N, 4] scores) {
+            shifted = Add (image, addend)
+            scores = Gemm <transB = 1, alpha = 0.25> (shifted, W, bias)
+        }
+        """,
+        addend=rng.standard_normal(12).astype(np.float32),
+        W=rng.standard_normal((4, 12)).astype(np.float32),
+        bias=rng.standard_normal(4).astype(np.float32),
+    )
+    images = rng.uniform(1, 2, (200, 12)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", image=images)
+    data = open_dataset(f"npz:{tmp_path / 'images.npz'}", onnxruntime.InferenceSession(net.SerializeToString()))
+    found = prune_model(ModelGraph(load_model_file(net)), data, PruneRequest(ratios={"*": 0.5}, protect=()))
+    means = [outputs(proto, images).mean(axis=0) for proto in (net, found.model.proto)]
+    np.testing.assert_allclose(means[1], means[0], atol=1e-4)
