@@ -241,6 +241,14 @@ class Coding:
         """Value of each level code of one cell, float32 [levels]; None where the stored number is the value."""
         return None if self.level_table is None else np.array(self.level_table, np.float32)
 
+    def worth(self, conductance: Floats) -> Floats:
+        """Return what conductances are worth in a cell: themselves, or levels (fractions, or outside the range)."""
+        if not self.integer:
+            return conductance
+        off, on = np.float32(self.g_off), np.float32(self.g_on)
+        steps = (self.levels or 0) - 1
+        return ((conductance.astype(np.float64) - off) / (np.float64(on) - off) * steps).astype(np.float32)
+
     def conductance(self, cells: Array) -> Floats:
         """Return the conductance in siemens, float32, of stored cells of any shape."""
         if self.levels is None:
