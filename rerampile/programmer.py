@@ -83,19 +83,19 @@ def calibrate(
             tensor.raw_data = weights.tobytes()
     graph = ModelGraph(load_model_file(plain.proto))
     numbers = {name: number for number, name in enumerate(plain.weights)}
-    layers = [layer for layer in find_layers(graph)[0] if layer.tensor in numbers]
+    layers = [layer for layer in find_layers(graph)[0] if layer.name in numbers]
     chosen = spread(len(data), min(images, len(data)))
     found, _ = second_moments(graph, layers, data, chosen, progress=progress)
     means: dict[int, Floats] = {}  # by identity: layers that see the same share one result
     moments = {}
     for layer in layers:
-        plan = deployment.plan.layers[numbers[layer.tensor]]
+        plan = deployment.plan.layers[numbers[layer.name]]
         seen = found.get(layer.name)
         if seen is None or seen.moment.shape != (plan.groups, plan.inputs, plan.inputs) or not seen.count:
             continue
         if id(seen) not in means:
             means[id(seen)] = (seen.moment / seen.count).astype(np.float32)
-        moments[numbers[layer.tensor]] = means[id(seen)]
+        moments[numbers[layer.name]] = means[id(seen)]
     return Calibration(name=data.name, images=len(chosen), moments=moments)
 
 
