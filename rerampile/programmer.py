@@ -24,7 +24,17 @@ from rerampile.files import CONDUCTANCES, FAULTS, PLAN, REFERENCE
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import file_sha256, hash_on_disk, load_model_file
 from rerampile.passes.find_layers import find_layers
-from rerampile.plan import ArrayPlan, ChipLayer, ChipPlan, ChipStep, FileRecord, LayerPlan, Plan, Unrepaired, encode_plan
+from rerampile.plan import (
+    ArrayPlan,
+    ChipLayer,
+    ChipPlan,
+    ChipStep,
+    FileRecord,
+    LayerPlan,
+    Plan,
+    Unrepaired,
+    encode_plan,
+)
 from rerampile.runtime.compare import flat, output_error
 from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps

@@ -19,6 +19,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
+from rerampile.show_program import show_chip
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
 
@@ -220,6 +221,8 @@ def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
             *(f"{len(ids):,}", _ranges(ids)),
         )
     arrays = _arrays(plan) if verbose else None
+    if plan.chip is not None:
+        show_chip(out, plan.layers, plan.chip)
     print_parts(out, table, arrays, _digital(plan.digital, verbose), facts_table(_totals(plan, target)))
 
 
@@ -279,10 +282,11 @@ def _outputs(found: Verification) -> str:
 def show_verification(out: Console, deployment: Deployment, found: Verification) -> None:
     """Print what ``verify`` checked and found."""
     plan = deployment.plan
+    made = "compiled" if plan.chip is None else "programmed"
     rows = [
-        ("checksums", f"the plan and {_number(len(plan.files), 'file')} as compiled"),
+        ("checksums", f"the plan and {_number(len(plan.files), 'file')} as {made}"),
         ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
-        ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were compiled"),
+        ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were {made}"),
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
         ("verified", printable(str(deployment.folder))),
     ]

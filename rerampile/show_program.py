@@ -44,17 +44,21 @@ def show_chip(
     steps = new_table(("step", "left"), ("error", "right"), ("cells touched", "right"), ("segments flipped", "right"))
     for step in chip.steps:
         steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", f"{step.touched:,}", f"{step.flipped:,}")
-    worst = new_table(("stays wrong", "left"), ("output", "right"), ("input", "right"), ("weight", "right"), ("read", "right"))
+    heads = ("output", "input", "weight", "read")
+    worst = new_table(("stays wrong", "left"), *((head, "right") for head in heads))
     for weight in chip.unrepaired[:_LISTED]:
         name = printable(layers[weight.layer].name) if weight.layer < len(layers) else f"layer {weight.layer}"
         worst.add_row(name, str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}")
     number = max(range(len(chip.layers)), key=lambda n: chip.layers[n].errors[-1])
     hit = sum(layer.weights for layer in chip.layers)
+    layer, share = printable(layers[number].name), math.sqrt(chip.layers[number].errors[-1])
+    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on"
+    after, before = _percent(chip.output_error), _percent(chip.output_error_before)
     facts = [
-        ("chip", f"{printable(chip.source)}, number {chip.number}: {chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on"),
+        ("chip", f"{printable(chip.source)}, number {chip.number}: {stuck}"),
         ("weights", f"{hit:,} hit, {chip.unrepaired_total:,} of them stay wrong"),
-        ("worst layer", f"{printable(layers[number].name)}, off by {100 * math.sqrt(chip.layers[number].errors[-1]):.3g} %"),
-        ("outputs", f"off by {_percent(chip.output_error)} on the verification's inputs, {_percent(chip.output_error_before)} before"),
+        ("worst layer", f"{layer}, off by {100 * share:.3g} %"),
+        ("outputs", f"off by {after} on the verification's inputs, {before} before"),
     ]
     if chip.calibration is not None:
         facts.append(("calibration", f"{printable(chip.calibration)}, {chip.calibration_images:,} images"))

@@ -1,9 +1,9 @@
 """Healthy cells make up for stuck ones of the same weight, where their range allows.
 
-A stuck cell of a pair leaves its partner free: with ``a`` stuck at ``s``, ``b = s - w`` restores ``w = a - b`` wherever a
-cell can hold that (inner fault tolerance: Xia et al., JETCAS 2018; target sparsifying, a zero fits every fault: Jin et
-al., DATE 2020; closest-value mapping of slices: arXiv 2512.18459). Stuck conductances may lie between levels or outside
-the range of cells.
+A stuck cell of a pair leaves its partner free: with ``a`` stuck at ``s``, ``b = s - w`` restores ``w = a - b`` wherever
+a cell can hold that (inner fault tolerance: Xia et al., JETCAS 2018; target sparsifying, a zero fits every fault: Jin
+et al., DATE 2020; closest-value mapping of slices: arXiv 2512.18459). Stuck conductances may lie between levels or
+outside the range of cells.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class HitWeights:
         index, first, at = np.unique(home.position, return_index=True, return_inverse=True)
         shape = (coding.slices, coding.cells, len(index))
         stuck, worth = np.zeros(shape, np.bool_), np.zeros(shape, np.float32)
-        stuck.reshape(-1, len(index))[home.part, at] = True
-        worth.reshape(-1, len(index))[home.part, at] = coding.worth(home.conductance)
+        flat = (coding.slices * coding.cells, len(index))
+        stuck.reshape(flat)[home.part, at] = True
+        worth.reshape(flat)[home.part, at] = coding.worth(home.conductance)
         return cls(index=index, segment=home.segment[first], stuck=stuck, worth=worth)
 
     def turned(self, which: Flags) -> HitWeights:

@@ -287,7 +287,9 @@ class LayerCells:
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
         return self._weights(zeros, np.arange(count), stuck, stuck.position)
 
-    def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers) -> Floats:
+    def _weights(
+        self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers
+    ) -> Floats:
         """Return the weights that cells hold when some are stuck, float32 [weights].
 
         Args:

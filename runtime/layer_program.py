@@ -38,7 +38,8 @@ class LayerProgram:
         moments: Mean of x x^T of its inputs, float32 [groups, inputs, inputs]; None where it is not known.
 
     Attributes:
-        cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they are.
+        cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
+            are.
         gain: float32 [groups * outputs].
         flipped: int64, the column segments with changed roles, ascending.
         errors: Energy of the errors before and after each step so far, as a share of ``energy``.
@@ -100,7 +101,9 @@ class LayerProgram:
         return matrix.reshape(self.plan.groups, self.plan.outputs, self.plan.inputs)
 
     def _at_hit(self, cells: Array) -> Array:
-        return cells.reshape(*cells.shape[:2], -1)[:, :, self._hit.index]
+        slices, pair, rows, inputs = cells.shape
+        found: Array = cells.reshape(slices, pair, rows * inputs)[:, :, self._hit.index]
+        return found
 
     def _set(self, cells: Array) -> None:
         """Give the weights that are hit other cells."""

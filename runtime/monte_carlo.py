@@ -308,9 +308,7 @@ class Bench:
 
     def key(self, run: int, rate: int) -> str:
         """Return the key of a chip's result in the journal, the same whatever other rates are run."""
-        return (
-            f"run {run}" if self.is_measured else f"run {run} {self.experiment.faults[rate].key}"
-        )
+        return f"run {run}" if self.is_measured else f"run {run} {self.experiment.faults[rate].key}"
 
     def images_of(self, run: int) -> Indices:
         """Return which images a chip sees."""

@@ -40,7 +40,7 @@ def encoded(coding: Coding, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("on", [False, True])
 def test_one_stuck_cell_of_an_analog_pair(scheme: str, plus: bool, on: bool) -> None:
-    """Exact for one sign of the weights, zero for the other: plus on or minus off serve weights that are not negative."""
+    """Exact for one sign of the weights, zero for the other: plus on and minus off serve those above zero."""
     coding = coding_of(scheme)
     weights = np.linspace(-1, 1, 201)
     cells, wanted = encoded(coding, weights)
