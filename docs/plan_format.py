@@ -79,7 +79,7 @@ def _table(schema: Definition, name: str) -> str:
     definition = schema if name == "Plan" else schema["$defs"][name]
     lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
     for field, value in definition["properties"].items():
-        optional = name in ("ArrayPlan", "Partition", "Region") and field not in definition["required"]
+        optional = name in ("Plan", "ArrayPlan", "Partition", "Region") and field not in definition["required"]
         kind = _type(value).removesuffix(" or null") + ", optional" if optional else _type(value)
         lines.append(f"| `{field}` | {kind} | {value['description']} |\n")
     return "".join(lines) + "\n"

@@ -86,8 +86,8 @@ def calibrate(
     plain = plain_model(deployment)
     for tensor in plain.proto.graph.initializer:
         if tensor.name in plain.weights:
-            layer = deployment.plan.layers[plain.weights.index(tensor.name)]
-            weights = np.ascontiguousarray(layer.view.tensor(deployment.weights(layer)), "<f4")
+            mapped = deployment.plan.layers[plain.weights.index(tensor.name)]
+            weights = np.ascontiguousarray(mapped.view.tensor(deployment.weights(mapped)), "<f4")
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
             tensor.raw_data = weights.tobytes()

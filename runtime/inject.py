@@ -174,7 +174,8 @@ class _Places:
         columns = np.full((2, geometry.arrays, geometry.columns), -1)
         parts, segments = np.zeros((2, geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
-        first_segment, count = {}, 0
+        first_segment: dict[int, int] = {}
+        count = 0
         for array in plan.arrays:
             first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
             for partition in array.partitions:

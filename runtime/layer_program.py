@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
+_Kind = TypeVar("_Kind", bound=np.generic)
 
 STEPS = ("compensate", "flip", "repair", "gain")
 """What can be done, in this order."""
@@ -96,7 +97,7 @@ class LayerProgram:
         self.touched.append(self.cells.size - int(same) - int(np.count_nonzero(held & self._turned().stuck)))
         self.flips.append(len(self.flipped))
 
-    def _shaped(self, matrix: Floats) -> Floats:
+    def _shaped(self, matrix: npt.NDArray[_Kind]) -> npt.NDArray[_Kind]:
         """Return a matrix [groups * outputs, inputs] as [groups, outputs, inputs]."""
         return matrix.reshape(self.plan.groups, self.plan.outputs, self.plan.inputs)
 

@@ -29,7 +29,8 @@ def output_energies(errors: Floats, moments: Floats | None) -> Doubles:
         moments: Mean of x x^T, float32 [groups, inputs, inputs]; None for the identity.
     """
     weighed = errors if moments is None else errors @ moments
-    return np.maximum(np.einsum("goi,goi->go", weighed, errors, dtype=np.float64), 0.0)
+    energies: Doubles = np.maximum(np.einsum("goi,goi->go", weighed, errors, dtype=np.float64), 0.0)
+    return energies
 
 
 def repair_errors(errors: Floats, free: Flags, moments: Floats) -> Floats:
@@ -69,7 +70,8 @@ def best_gain(weights: Floats, wanted: Floats, moments: Floats | None) -> Double
     weighed = weights if moments is None else weights @ moments
     along = np.einsum("goi,goi->go", weighed, wanted, dtype=np.float64)
     own = np.einsum("goi,goi->go", weighed, weights, dtype=np.float64)
-    return np.divide(along, own, out=np.ones_like(along), where=own > 0)
+    factors: Doubles = np.divide(along, own, out=np.ones_like(along), where=own > 0)
+    return factors
 
 
 def _dot(a: Floats, b: Floats) -> Floats:
