@@ -152,6 +152,8 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
     if span is not None:
         return slice(*span)
     indices = np.array(listed, np.int64)
+    if axis == "output" and isinstance(part, Partition):  # other orders are those of programmed chips
+        indices = np.sort(indices)
     if (np.diff(indices) <= 0).any():
         raise PlanFormatError(f"{where}: {axis}_index is not ascending")
     return indices

@@ -365,7 +365,7 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         inputs: Range of inputs, in row order.
         outputs: Range of outputs, in column order.
         input_index: The inputs, ascending, where they are no range.
-        output_index: The outputs, ascending, where they are no range.
+        output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
         replica: Number of the copy, for layers held several times for throughput.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
@@ -541,13 +541,14 @@ class ChipStep(_Record, kw_only=True, frozen=True):
     """What one step of programming left of the errors of a chip.
 
     Attributes:
-        step: ``none`` before anything was done, else the step: ``compensate``, ``flip``, ``repair`` or ``gain``.
+        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``,
+            ``repair`` or ``gain``.
         error: Root of the mean over layers of the squared relative errors, all layers counting alike.
         touched: Healthy cells whose target differs from the compiled one, after this step.
         flipped: Column segments with changed roles, after this step.
     """
 
-    step: Literal["none", "compensate", "flip", "repair", "gain"]
+    step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
     error: float
     touched: Count
     flipped: Count

@@ -42,7 +42,7 @@ _IMAGES = 256
 @click.option(
     "--steps",
     metavar="NAME,...",
-    help="Some of compensate, flip, repair, gain.  [default: all; without --calibration all but repair]",
+    help="Some of compensate, assign, flip, repair, gain.  [default: all; without --calibration all but repair]",
 )
 @optional_calibration_options
 @click.option(

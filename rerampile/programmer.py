@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,7 @@ class _Programmed:
         touched: Healthy cells with another target, before and after each step.
         flips: Changed segments, before and after each step.
         flipped: The changed segments in the end.
+        order: Rows of the matrix in the order of segments, by the first segment of each piece where it was changed.
     """
 
     plan: LayerPlan
@@ -233,6 +234,7 @@ class _Programmed:
     touched: list[int]
     flips: list[int]
     flipped: npt.NDArray[np.int64]
+    order: Mapping[int, npt.NDArray[np.int64]]
 
 
 def program_chip(
@@ -265,6 +267,7 @@ def program_chip(
     ordered = check_steps(steps, calibration is not None)
     injector = Injector(deployment)
     stuck = injector.stuck(source.faults)
+    blocks = _blocks(deployment.plan)
     moments = {} if calibration is None else calibration.moments
     specs = deployment.conductances.specs
     tensors = [(name, spec.dtype, spec.shape) for name, spec in sorted(specs.items(), key=lambda item: item[1].offset)]
@@ -277,7 +280,7 @@ def program_chip(
 
             def one(number: int) -> _Programmed:
                 nonlocal done
-                program = LayerProgram(deployment, number, stuck[number], moments.get(number))
+                program = LayerProgram(deployment, number, stuck[number], moments.get(number), blocks[number])
                 for step in ordered:
                     program.step(step)
                 writer.write(program.plan.cells_tensor, program.cells)
@@ -293,6 +296,7 @@ def program_chip(
                     touched=program.touched,
                     flips=program.flips,
                     flipped=program.flipped,
+                    order=program.order,
                 )
 
             numbers = range(len(stuck))
@@ -339,7 +343,8 @@ def _plan(
     plan = deployment.plan
     records = [layer.record for layer in layers]
     flipped = np.sort(np.concatenate([np.zeros(0, np.int64), *(layer.flipped for layer in layers)]))
-    arrays = _flipped_arrays(plan.arrays, flipped)
+    order = {segment: rows for layer in layers for segment, rows in layer.order.items()}
+    arrays = _programmed_arrays(plan, flipped, order)
     worst = sorted((weight for layer in layers for weight in layer.unrepaired), key=lambda weight: -weight.share)
     chip = ChipPlan(
         faults=FAULTS,
@@ -379,23 +384,49 @@ def _plan(
     return msgspec.structs.replace(plan, layers=plans, arrays=arrays, totals=totals, chip=chip)
 
 
-def _flipped_arrays(arrays: Sequence[ArrayPlan], flipped: npt.NDArray[np.int64]) -> list[ArrayPlan]:
-    """Return arrays with the column segments that have changed roles, counted as the injector counts them."""
-    found: list[ArrayPlan] = []
+def _segments(plan: Plan) -> Iterator[tuple[int, int, int, Partition]]:
+    """Yield array, place on it, first column segment, and partition, counted as the injector counts segments."""
     segment = 0
-    for array in arrays:
+    for array in plan.arrays:
         if array.twin is not None and array.twin < array.id:
-            found.append(msgspec.structs.replace(array, partitions=found[array.twin].partitions))
             continue
-        partitions = []
-        for partition in array.partitions:
-            count = (partition.groups[1] - partition.groups[0]) * partition.output_count
-            first, last = np.searchsorted(flipped, [segment, segment + count])
-            own = (flipped[first:last] - segment).tolist()
-            partitions.append(msgspec.structs.replace(partition, flipped=own) if own else partition)
-            segment += count
-        found.append(msgspec.structs.replace(array, partitions=partitions))
+        for place, partition in enumerate(array.partitions):
+            yield array.id, place, segment, partition
+            segment += (partition.groups[1] - partition.groups[0]) * partition.output_count
+
+
+def _blocks(plan: Plan) -> list[list[tuple[int, npt.NDArray[np.int64]]]]:
+    """Return, by layer, first segment and rows of the pieces whose outputs can change places: those of one group."""
+    found: list[list[tuple[int, npt.NDArray[np.int64]]]] = [[] for _ in plan.layers]
+    for _, _, segment, partition in _segments(plan):
+        first, last = partition.groups
+        if last - first == 1 and partition.output_count > 1:
+            rows = np.array(partition.output_indices) + first * plan.layers[partition.layer].outputs
+            found[partition.layer].append((segment, rows))
     return found
+
+
+def _programmed_arrays(
+    plan: Plan, flipped: npt.NDArray[np.int64], order: Mapping[int, npt.NDArray[np.int64]]
+) -> list[ArrayPlan]:
+    """Return the arrays of a plan with the outputs that changed places, and the segments that changed roles."""
+    partitions = [list(array.partitions) for array in plan.arrays]
+    for array, place, segment, partition in _segments(plan):
+        count = (partition.groups[1] - partition.groups[0]) * partition.output_count
+        first, last = np.searchsorted(flipped, [segment, segment + count])
+        changes: dict[str, Any] = {}
+        if last > first:
+            changes["flipped"] = (flipped[first:last] - segment).tolist()
+        if segment in order:
+            outputs = order[segment] - partition.groups[0] * plan.layers[partition.layer].outputs
+            changes |= {"outputs": None, "output_index": outputs.tolist()}
+        partitions[array][place] = msgspec.structs.replace(partition, **changes)
+    return [
+        msgspec.structs.replace(
+            array, partitions=partitions[array.id if array.twin is None else min(array.id, array.twin)]
+        )
+        for array in plan.arrays
+    ]
 
 
 def _finish(

@@ -19,6 +19,7 @@ _LISTED = 10
 _WORDS = {
     "none": "as compiled",
     "compensate": "pairs compensated",
+    "assign": "outputs in other columns",
     "flip": "column segments flipped",
     "repair": "healthy weights moved",
     "gain": "gains adjusted",

@@ -104,11 +104,6 @@ class Injector:
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
         return [stuck.take(slice(first, last)) for first, last in itertools.pairwise(ends.tolist())]
 
-    @property
-    def segments(self) -> int:
-        """Column segments of the chip: outputs of groups of partitions, those of twins counted once."""
-        return self._places.segments
-
 
 @dataclass(frozen=True, eq=False)
 class StuckCells:
@@ -152,7 +147,6 @@ class _Places:
         column_part: slice * cells + role of each column.
         column_segment: The column segment of each column: an output of a group of a partition, counted array by array;
             twins share theirs.
-        segments: How many there are.
     """
 
     geometry: ChipGeometry
@@ -164,7 +158,6 @@ class _Places:
     column_start: Integers
     column_part: Integers
     column_segment: Integers
-    segments: int
 
     @classmethod
     def of(cls, deployment: Deployment) -> _Places:
@@ -204,7 +197,6 @@ class _Places:
             column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
             column_segment=segments.reshape(-1),
-            segments=count,
         )
 
     def resolve(self, fault_map: FaultMap) -> StuckCells:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
 
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ChipLayer, Unrepaired
@@ -17,11 +19,12 @@ __all__ = ["STEPS", "LayerProgram"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 _Kind = TypeVar("_Kind", bound=np.generic)
 
-STEPS = ("compensate", "flip", "repair", "gain")
+STEPS = ("compensate", "assign", "flip", "repair", "gain")
 """What can be done, in this order."""
 
 LISTED = 100  # weights that stay wrong
@@ -36,19 +39,30 @@ class LayerProgram:
         deployment: The compiled deployment.
         number: Position of the layer in the plan.
         stuck: The chip's stuck cells that matter to it.
+        blocks: First column segment, and rows of the matrix in the order of segments, of each of its pieces whose
+            outputs may change places.
         moments: Mean of x x^T of its inputs, float32 [groups, inputs, inputs]; None where it is not known.
 
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
             are.
         gain: float32 [groups * outputs].
+        order: By the first column segment of a piece, the rows of the matrix in the order of its segments, where
+            that was changed.
         flipped: int64, the column segments with changed roles, ascending.
         errors: Energy of the errors before and after each step so far, as a share of ``energy``.
         touched: Healthy cells with another target than compiled, before and after each step so far.
         flips: Changed segments before and after each step so far.
     """
 
-    def __init__(self, deployment: Deployment, number: int, stuck: StuckCells, moments: Floats | None) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        number: int,
+        stuck: StuckCells,
+        moments: Floats | None,
+        blocks: Sequence[tuple[int, Integers]] = (),
+    ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
         self._coding = layer_coding(deployment.target, self.plan)
         self._compiled = deployment.cells(self.plan)
@@ -58,6 +72,8 @@ class LayerProgram:
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
         self._set(self._hit.as_stuck(self._coding, self._at_hit(self._compiled)))
+        self._blocks = blocks
+        self.order: dict[int, Integers] = {}
         self.flipped = np.zeros(0, np.int64)
         self.energy = float(output_energies(self._shaped(self._wanted), moments).sum())
         self._compensating = False
@@ -69,7 +85,8 @@ class LayerProgram:
     def step(self, name: str) -> None:
         """Take a step, and note what it leaves."""
         if len(self._stuck.part):
-            {"compensate": self._compensate, "flip": self._flip, "repair": self._repair, "gain": self._adjust}[name]()
+            steps = (self._compensate, self._assign, self._flip, self._repair, self._adjust)
+            dict(zip(STEPS, steps, strict=True))[name]()
         self._note()
 
     @property
@@ -118,7 +135,9 @@ class LayerProgram:
 
     def _aimed(self, hit: HitWeights) -> Array:
         """Return the cells of weights that are hit: compensated where that step was taken, else as compiled."""
-        compiled = self._at_hit(self._compiled)
+        return self._targets(hit, self._at_hit(self._compiled))
+
+    def _targets(self, hit: HitWeights, compiled: Array) -> Array:
         if not self._compensating:
             return hit.as_stuck(self._coding, compiled)
         return compensated(self._coding, hit, compiled, self._coding.difference(compiled))
@@ -127,22 +146,64 @@ class LayerProgram:
         self._compensating = True
         self._set(self._aimed(self._turned()))
 
+    def _assign(self) -> None:
+        """Let outputs of each piece change places where that leaves less error, best of all orders of its columns."""
+        row_of = self._stuck.position // self.plan.inputs
+        for first, rows in self._blocks:
+            costs = self._assignment_costs(first, rows)
+            outputs, slots = linear_sum_assignment(costs)
+            if costs[outputs, slots].sum() >= costs.trace():
+                continue
+            order = rows.copy()
+            order[slots] = rows[outputs]
+            self.order[first] = order
+            mine = (self._stuck.segment >= first) & (self._stuck.segment < first + len(rows))
+            row_of[mine] = order[self._stuck.segment[mine] - first]
+        position = row_of * self.plan.inputs + self._stuck.position % self.plan.inputs
+        self._stuck = StuckCells(**{**vars(self._stuck), "position": position})
+        self._hit, self.cells = HitWeights.of(self._coding, self._stuck), self._compiled
+        self._set(self._aimed(self._turned()))
+
+    def _assignment_costs(self, first: int, rows: Integers) -> Doubles:
+        """Return the energy of each output of a piece, by the column segment that it would be on, [outputs, slots]."""
+        hit, inputs = self._hit, self.plan.inputs
+        chosen = np.flatnonzero((hit.segment >= first) & (hit.segment < first + len(rows)))
+        input_ = np.tile(hit.index[chosen] % inputs, len(rows))
+        row = np.repeat(rows, len(chosen))
+        sites = HitWeights(
+            index=row * inputs + input_,
+            segment=np.tile(hit.segment[chosen], len(rows)),
+            stuck=np.tile(hit.stuck[:, :, chosen], len(rows)),
+            worth=np.tile(hit.worth[:, :, chosen], len(rows)),
+        )
+        key = np.repeat(np.arange(len(rows)), len(chosen)) * len(rows) + sites.segment - first
+        straight, changed = self._energies(sites, key, len(rows) ** 2)
+        return np.minimum(straight, changed).reshape(len(rows), len(rows))
+
+    def _energies(self, hit: HitWeights, key: Integers, count: int) -> tuple[Doubles, Doubles]:
+        """Return energies of errors, summed by keys below ``count``: with roles as they are, and changed."""
+        slices, pair, rows, inputs = self._compiled.shape
+        compiled = self._compiled.reshape(slices, pair, rows * inputs)[:, :, hit.index]
+        wanted = self._coding.difference(compiled)
+        row, input_ = np.divmod(hit.index, inputs)
+        scale = np.square(self.gain.astype(np.float64))[row]
+        if self._moments is not None:
+            scale = scale * self._moments[row // self.plan.outputs, input_, input_]
+        turned = hit.turned(np.ones(len(hit.index), np.bool_)) if pair == 2 else hit
+        straight, changed = (
+            np.bincount(
+                key, scale * np.square(way.difference(self._coding, self._targets(way, compiled)) - wanted), count
+            )
+            for way in (hit, turned)
+        )
+        return straight, changed
+
     def _flip(self) -> None:
         """Change the roles of each column segment where that leaves less error (TFix, ReTern: column sign flips)."""
         if self._coding.cells != 2:
             return
-        hit = self._hit
-        turned = hit.turned(np.ones(len(hit.index), np.bool_))
-        wanted = self._coding.difference(self._at_hit(self._compiled))
-        row, input_ = np.divmod(hit.index, self.plan.inputs)
-        scale = np.square(self.gain.astype(np.float64))[row]
-        if self._moments is not None:
-            scale = scale * self._moments[row // self.plan.outputs, input_, input_]
-        segments, at = np.unique(hit.segment, return_inverse=True)
-        straight, changed = (
-            np.bincount(at, scale * np.square(way.difference(self._coding, self._aimed(way)) - wanted), len(segments))
-            for way in (hit, turned)
-        )
+        segments, at = np.unique(self._hit.segment, return_inverse=True)
+        straight, changed = self._energies(self._hit, at, len(segments))
         self.flipped = segments[changed < straight]
         self._set(self._aimed(self._turned()))
 

@@ -36,11 +36,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "as compiled": (),
     "compensate": ("compensate",),
     "+ flip": ("compensate", "flip"),
+    "+ assign + flip": ("compensate", "assign", "flip"),
     "+ flip + gain": ("compensate", "flip", "gain"),
     "+ flip + repair": ("compensate", "flip", "repair"),
     "+ flip + repair + gain": ("compensate", "flip", "repair", "gain"),
+    "+ assign + flip + repair + gain": ("compensate", "assign", "flip", "repair", "gain"),
 }
-CALIBRATED = ("+ flip + repair", "+ flip + repair + gain")
+CALIBRATED = tuple(variant for variant, steps in VARIANTS.items() if "repair" in steps)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -146,6 +148,7 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
     clean = next(f["clean"] for f in figures if f["clean"] is not None)
     images = "all images" if options.images is None else f"{options.images:,} images"
+    heads = ["steps", *(f"{rate:g}" for rate in options.rates)]
     lines = [
         f"# {options.title}",
         "",
@@ -160,7 +163,7 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         "Median seconds that a chip takes from fault map to verified folder, calibration not counted:",
         "",
-        *table(["steps", *(f"{rate:g}" for rate in options.rates)], [times(figures, v, options) for v in VARIANTS][1:]),
+        *table(heads, [times(figures, v, options) for v in VARIANTS][1:]),
         "",
         f"Every chip's figures are in [{options.name}.json]({options.name}.json).",
         *command("programming.py", repeat(options)),

@@ -131,7 +131,7 @@ def test_the_reader_knows_columns_that_changed_roles(
     deployment = rerampile.compile_model(model, out=tmp_path / "out", target=hardware)
     faults = draw_faults(ChipGeometry.of(deployment), FaultModel.of_rate(0.1), hardware, seed=0, run=0)
     source = ChipSource(path=deployment.folder / "plan.json", number=0, faults=faults)
-    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "flip"))
+    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "assign", "flip"))
     plan, tensors = reader["read"](chip.folder)
     assert any("flipped" in part for array in plan["arrays"] for part in array["partitions"])
     for array in plan["arrays"]:

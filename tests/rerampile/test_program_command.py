@@ -55,7 +55,7 @@ def test_a_chip_is_programmed_verified_and_validated(deployment: Deployment, tmp
     done = run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "--json", "-q")
     assert done.exit_code == 0, done.output
     chip = json.loads(done.stdout)["chips"][0]["chip"]
-    assert [step["step"] for step in chip["steps"]] == ["none", "compensate", "flip", "gain"]
+    assert [step["step"] for step in chip["steps"]] == ["none", "compensate", "assign", "flip", "gain"]
     errors = [step["error"] for step in chip["steps"]]
     assert errors == sorted(errors, reverse=True)
     assert chip["output_error"] < 0.7 * chip["output_error_before"]
@@ -115,7 +115,10 @@ def test_requirements_bin_chips(deployment: Deployment, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "compensate,mend"], "--steps: no step 'mend', expected some of compensate, flip, repair, gain"),
+        (
+            ["--steps", "compensate,mend"],
+            "--steps: no step 'mend', expected some of compensate, assign, flip, repair, gain",
+        ),
         (["--steps", "repair"], "--steps: 'repair' has to know what layers see; name images with --calibration"),
     ],
 )

@@ -177,7 +177,7 @@ def test_programmed_chips_are_what_the_arrays_compute(
     deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
     source = ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=random_faults(deployment))
 
-    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "flip", "gain"))
+    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "assign", "flip", "gain"))
 
     check_against_simulation(chip, source.faults)
     verify_deployment(chip.folder)
@@ -186,7 +186,9 @@ def test_programmed_chips_are_what_the_arrays_compute(
     assert chip.plan.chip is not None
     errors = [step.error for step in chip.plan.chip.steps]
     assert errors[-1] < 0.8 * errors[0] if scheme != "offset" else errors[-1] < errors[0]
-    assert errors[3] <= errors[2] * (1 + 1e-6)
+    assert errors[4] <= errors[3] * (1 + 1e-6)
+    assert errors[3] < errors[1]
+    assert any(p.output_index is not None for array in chip.plan.arrays for p in array.partitions)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
