@@ -31,6 +31,7 @@ from rerampile.plan import (
     ChipStep,
     FileRecord,
     LayerPlan,
+    Partition,
     Plan,
     Unrepaired,
     encode_plan,

@@ -319,7 +319,7 @@ def _held(plan: Plan, partition: Partition) -> str:
     if known:
         layer = plan.layers[partition.layer]
         name = printable(layer.name) + _groups(partition, layer.groups)
-    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(partition.output_indices)}"
+    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(sorted(partition.output_indices))}"
     return f"{name}, {matrix}, at row {partition.row}, column {partition.column}"
 
 
@@ -356,7 +356,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             f"{blocks[0][1].start}-{blocks[-1][1].stop - 1}",
             f"{blocks[0][2].start}-{blocks[-1][2].stop - 1}",
             _ranges(partition.input_indices),
-            _ranges(partition.output_indices),
+            _ranges(sorted(partition.output_indices)),
         )
     siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)
     extremes = f"{siemens_text(siemens[used].min())} to {siemens_text(siemens[used].max())}"
