@@ -190,13 +190,11 @@ class LayerProgram:
         if self._moments is not None:
             scale = scale * self._moments[row // self.plan.outputs, input_, input_]
         turned = hit.turned(np.ones(len(hit.index), np.bool_)) if pair == 2 else hit
-        straight, changed = (
-            np.bincount(
-                key, scale * np.square(way.difference(self._coding, self._targets(way, compiled)) - wanted), count
-            )
-            for way in (hit, turned)
-        )
-        return straight, changed
+        found: list[Doubles] = []
+        for way in (hit, turned):
+            error = way.difference(self._coding, self._targets(way, compiled)) - wanted
+            found.append(np.bincount(key, scale * np.square(error), count).astype(np.float64))
+        return found[0], found[1]
 
     def _flip(self) -> None:
         """Change the roles of each column segment where that leaves less error (TFix, ReTern: column sign flips)."""

@@ -251,3 +251,21 @@ def test_a_chip_without_faults_is_what_was_compiled(deployment: Deployment, tmp_
     same = ("conductances.safetensors", "deployed.onnx")
     assert all((tmp_path / "chip" / n).read_bytes() == (deployment.folder / n).read_bytes() for n in same)
     assert len(read_fault_maps(tmp_path / "chip" / "faults.safetensors", load_deployment(tmp_path / "chip"))[0]) == 0
+
+
+def test_the_best_columns_leave_less_error(small_model_file: Path, tmp_path: Path) -> None:
+    """Before `flip` and after it; a chip so assigned is read as the arrays have it, each output once."""
+    target = Target.from_dict({"name": "s", "rows": 16, "columns": 16, "cell": {"g_off": 1e-6, "g_on": 1e-4}})
+    deployment = compile_model(small_model_file, out=tmp_path / "out", target=target)
+    source = ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=drawn(deployment, 0.1)[0])
+    steps = {"plain": ("compensate", "flip"), "assigned": ("compensate", "assign", "flip")}
+    chips = {
+        name: program_chip(deployment, source, tmp_path / name, steps=some).plan.chip for name, some in steps.items()
+    }
+    assert chips["plain"] is not None
+    assert chips["assigned"] is not None
+    for plain, assigned in zip(chips["plain"].layers, chips["assigned"].layers, strict=True):
+        assert assigned.errors[-1] < 0.8 * plain.errors[-1]
+    orders = [p.output_index for a in load_deployment(tmp_path / "assigned").plan.arrays for p in a.partitions]
+    assert any(order is not None and order != sorted(order) for order in orders)
+    verify_deployment(tmp_path / "assigned")
