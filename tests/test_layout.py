@@ -32,7 +32,6 @@ FACES = {
     "rerampile.predict_command",
     "rerampile.program_command",
     "rerampile.programmer",
-    "rerampile.show_program",
     "rerampile.validate_command",
     "rerampile.show_prediction",
     "rerampile.show_validation",
