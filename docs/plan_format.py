@@ -79,7 +79,7 @@ def _table(schema: Definition, name: str) -> str:
     definition = schema if name == "Plan" else schema["$defs"][name]
     lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
     for field, value in definition["properties"].items():
-        left_out = name in ("ArrayPlan", "Partition", "Region") or (
+        left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or (
             name == "LayerPlan" and field in ("clip", "correction")
         )
         optional = left_out and field not in definition["required"]

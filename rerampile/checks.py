@@ -76,6 +76,7 @@ def check_placement(deployment: Deployment) -> None:
                 raise PlanFormatError(
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
+            _check_flips(plan, partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
@@ -151,9 +152,25 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
     if span is not None:
         return slice(*span)
     indices = np.array(listed, np.int64)
+    if axis == "output" and isinstance(part, Partition):  # other orders are those of programmed chips
+        indices = np.sort(indices)
     if (np.diff(indices) <= 0).any():
         raise PlanFormatError(f"{where}: {axis}_index is not ascending")
     return indices
+
+
+def _check_flips(plan: Plan, partition: Partition, where: str) -> None:
+    """Check that outputs with changed roles are outputs of the partition, and have two roles."""
+    flipped = partition.flipped
+    if flipped is None:
+        return
+    count = (partition.groups[1] - partition.groups[0]) * partition.output_count
+    if plan.layers[partition.layer].cells != 2:
+        raise PlanFormatError(f"{where}: flipped outputs of a layer without pairs, whose columns have one role")
+    if any(b <= a for a, b in itertools.pairwise(flipped)) or not all(0 <= b < count for b in flipped):
+        raise PlanFormatError(
+            f"{where}: flipped {reprlib.repr(flipped)}, expected some of 0 to {count - 1}, ascending, each once"
+        )
 
 
 def _check_address(deployment: Deployment, array: ArrayPlan, where: str, taken: set[int]) -> None:

@@ -34,6 +34,7 @@ from rerampile.fault_commands import fault_maps
 from rerampile.finetune_command import finetune
 from rerampile.interruption import cleaned_up, received_signal
 from rerampile.predict_command import predict
+from rerampile.program_command import program
 from rerampile.prune_command import open_calibration, prune, prune_file
 from rerampile.search_command import search
 from rerampile.validate_command import validate
@@ -513,5 +514,5 @@ def targets(name: str | None, as_json: bool) -> None:
     show_targets(console(), presets)
 
 
-for command in (prune, finetune, search, validate, compare, predict, fault_maps):
+for command in (prune, finetune, search, program, validate, compare, predict, fault_maps):
     main.add_command(command)

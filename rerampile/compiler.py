@@ -141,7 +141,7 @@ def compile_model(
     with _uncollected():
         loaded = _loaded(model)
         _check_outside(Path(out), loaded, options)
-        with _written_whole(Path(out)) as folder:
+        with written_whole(Path(out)) as folder:
             unit = Unit(
                 model=loaded,
                 graph=ModelGraph(loaded),
@@ -231,7 +231,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
+def written_whole(out: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` and move it there once it is whole; leave nothing behind otherwise.
 
     Raises:

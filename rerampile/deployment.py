@@ -144,6 +144,10 @@ class Deployment:
         for group, rows, columns in partition_blocks(partition, len(roles) * len(slices)):
             outputs = np.array(partition.output_indices) + group * layer.outputs
             block = cells[np.ix_(slices, roles, outputs, np.array(partition.input_indices))]
+            flips = flipped_outputs(partition)[group - partition.groups[0]]
+            if flips.any():
+                swapped = np.ix_(slices, 1 - roles, outputs[flips], np.array(partition.input_indices))
+                block[:, :, flips] = cells[swapped]
             picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
 
 
@@ -158,6 +162,13 @@ def partition_blocks(partition: Partition, width: int) -> Iterator[tuple[int, sl
     for k, group in enumerate(range(*partition.groups)):
         row, column = partition.row + k * height, partition.column + k * breadth
         yield group, slice(row, row + height), slice(column, column + breadth)
+
+
+def flipped_outputs(partition: Partition) -> npt.NDArray[np.bool_]:
+    """Return which outputs of a partition have columns of changed roles, [groups, outputs]."""
+    flips = np.zeros((partition.groups[1] - partition.groups[0], partition.output_count), np.bool_)
+    flips.reshape(-1)[partition.flipped or []] = True
+    return flips
 
 
 def footprint(partition: Partition, width: int) -> tuple[slice, slice]:

@@ -13,6 +13,7 @@ __all__ = [
     "CONDUCTANCES",
     "DEPLOYED",
     "DIGITAL",
+    "FAULTS",
     "MASKS",
     "PLAN",
     "REFERENCE",
@@ -25,6 +26,7 @@ PLAN = "plan.json"
 CONDUCTANCES = "conductances.safetensors"
 DEPLOYED = "deployed.onnx"
 DIGITAL = "digital.safetensors"
+FAULTS = "faults.safetensors"
 MASKS = "masks.safetensors"
 REFERENCE = "verification.safetensors"
 STAGES = "stages"

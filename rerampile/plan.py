@@ -22,6 +22,9 @@ __all__ = [
     "FORMAT_VERSION",
     "NO_SHA256",
     "ArrayPlan",
+    "ChipLayer",
+    "ChipPlan",
+    "ChipStep",
     "ClipPlan",
     "Conventions",
     "CorrectionPlan",
@@ -39,6 +42,7 @@ __all__ = [
     "Region",
     "SchemeEstimate",
     "Totals",
+    "Unrepaired",
     "Use",
     "Verification",
     "decode_plan",
@@ -410,8 +414,11 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         inputs: Range of inputs, in row order.
         outputs: Range of outputs, in column order.
         input_index: The inputs, ascending, where they are no range.
-        output_index: The outputs, ascending, where they are no range.
+        output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
         replica: Number of the copy, for layers held several times for throughput.
+        flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
+            and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
+            many outputs as a group of the partition has.
     """
 
     layer: Count
@@ -423,6 +430,7 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
     input_index: list[Count] | None = None
     output_index: list[Count] | None = None
     replica: Count = 0
+    flipped: list[Count] | None = None
 
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
@@ -578,7 +586,107 @@ class Verification(_Record, kw_only=True, frozen=True):
     layers: list[OutputError] = []
 
 
-class Plan(_Record, kw_only=True, frozen=True):
+class ChipStep(_Record, kw_only=True, frozen=True):
+    """What one step of programming left of the errors of a chip.
+
+    Attributes:
+        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``,
+            ``repair`` or ``gain``.
+        error: Root of the mean over layers of the squared relative errors, all layers counting alike.
+        touched: Healthy cells whose target differs from the compiled one, after this step.
+        flipped: Column segments with changed roles, after this step.
+    """
+
+    step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
+    error: float
+    touched: Count
+    flipped: Count
+
+
+class ChipLayer(_Record, kw_only=True, frozen=True):
+    """One layer on one chip.
+
+    Attributes:
+        stuck: Stuck cells on a row and a column of the layer.
+        beside: Those of them that hold no weight, but join blocks of the layer; no step changes what they do.
+        weights: Weights that the faults could change.
+        unrepaired: Weights that still differ from the compiled ones by more than 1e-6 of the output's full scale, of
+            those that faults hit.
+        measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
+        energy: That of the compiled weights.
+        errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``.
+    """
+
+    stuck: Count
+    beside: Count
+    weights: Count
+    unrepaired: Count
+    measure: Literal["moments", "plain"]
+    energy: float
+    errors: list[float]
+
+
+class Unrepaired(_Record, kw_only=True, frozen=True):
+    """A weight that no step could restore.
+
+    Attributes:
+        layer: Position in ``layers``.
+        output: Row of the layer's matrix, ``group * outputs + output``.
+        input: Its column.
+        wanted: The weight that was compiled.
+        found: What the chip reads.
+        share: Its squared error by the layer's measure (without cross terms), as a share of the layer's energy.
+    """
+
+    layer: Count
+    output: Count
+    input: Count
+    wanted: float
+    found: float
+    share: float
+
+
+class ChipPlan(_Record, kw_only=True, frozen=True):
+    """What was done to make one chip, whose stuck cells are known, as good as it can be.
+
+    Attributes:
+        faults: The file of the folder with the chip's stuck cells, a fault map with one chip.
+        source: Name of the fault map that was given.
+        source_sha256: Hash of that file.
+        number: Number of the chip in it.
+        compiled_sha256: ``plan_sha256`` of the deployment that was programmed.
+        stuck_off: Stuck-off cells of all arrays.
+        stuck_on: Stuck-on cells of all arrays.
+        calibration: Name of the calibration data; null where there were none.
+        calibration_images: Images of it.
+        steps: Before anything, and after each step that was taken.
+        layers: Each layer of the plan.
+        unrepaired: The worst of the weights that stay wrong, the worst first; at most 100.
+        unrepaired_total: How many weights stay wrong.
+        output_error_before: Error of the outputs on the inputs of the verification against those of the deployment,
+            rms over rms over all outputs, with the stuck cells and the compiled targets; null where an output is no
+            numbers.
+        output_error: The same as programmed.
+    """
+
+    faults: str
+    source: str
+    source_sha256: Sha256
+    number: Count
+    compiled_sha256: Sha256
+    stuck_off: Count
+    stuck_on: Count
+    calibration: str | None
+    calibration_images: Count
+    steps: list[ChipStep]
+    layers: list[ChipLayer]
+    unrepaired: list[Unrepaired]
+    unrepaired_total: Count
+    output_error_before: float | None
+    output_error: float | None
+
+
+class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """A deployment plan: where every weight of a model sits on the crossbars of a target.
 
     Attributes:
@@ -597,6 +705,8 @@ class Plan(_Record, kw_only=True, frozen=True):
         verification: What compile checked; null only while the folder is being written.
         skipped: Parts of matrices that take no cells.
         arrays: The arrays, in address order.
+        chip: What was done for one chip with known stuck cells, by ``rerampile program``; absent from what compile
+            writes.
     """
 
     format: Literal["rerampile-plan"]
@@ -614,6 +724,7 @@ class Plan(_Record, kw_only=True, frozen=True):
     verification: Verification | None
     skipped: list[Region]
     arrays: list[ArrayPlan]
+    chip: ChipPlan | None = None
 
 
 def encode_plan(plan: Plan) -> bytes:

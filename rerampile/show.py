@@ -20,6 +20,7 @@ from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
 from rerampile.show_mapping import clip_words
+from rerampile.show_program import show_chip
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
 
@@ -221,6 +222,8 @@ def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
             *(f"{len(ids):,}", _ranges(ids)),
         )
     arrays = _arrays(plan) if verbose else None
+    if plan.chip is not None:
+        show_chip(out, plan.layers, plan.chip)
     print_parts(out, table, arrays, _digital(plan.digital, verbose), facts_table(_totals(plan, target)))
 
 
@@ -282,10 +285,11 @@ def _outputs(found: Verification) -> str:
 def show_verification(out: Console, deployment: Deployment, found: Verification) -> None:
     """Print what ``verify`` checked and found."""
     plan = deployment.plan
+    made = "compiled" if plan.chip is None else "programmed"
     rows = [
-        ("checksums", f"the plan and {_number(len(plan.files), 'file')} as compiled"),
+        ("checksums", f"the plan and {_number(len(plan.files), 'file')} as {made}"),
         ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
-        ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were compiled"),
+        ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were {made}"),
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
         ("verified", printable(str(deployment.folder))),
     ]
@@ -318,7 +322,7 @@ def _held(plan: Plan, partition: Partition) -> str:
     if known:
         layer = plan.layers[partition.layer]
         name = printable(layer.name) + _groups(partition, layer.groups)
-    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(partition.output_indices)}"
+    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(sorted(partition.output_indices))}"
     return f"{name}, {matrix}, at row {partition.row}, column {partition.column}"
 
 
@@ -355,7 +359,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             f"{blocks[0][1].start}-{blocks[-1][1].stop - 1}",
             f"{blocks[0][2].start}-{blocks[-1][2].stop - 1}",
             _ranges(partition.input_indices),
-            _ranges(partition.output_indices),
+            _ranges(sorted(partition.output_indices)),
         )
     siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)
     extremes = f"{siemens_text(siemens[used].min())} to {siemens_text(siemens[used].max())}"

@@ -78,6 +78,7 @@ def validate(
     """
     import msgspec
 
+    from rerampile.deployment import load_deployment
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.pictures import most_hit_array
     from rerampile.runtime.predict import predict_beside
@@ -85,6 +86,8 @@ def validate(
     from rerampile.runtime.validation import Requirement
     from rerampile.runtime.validation import validate as run_validation
 
+    if load_deployment(folder).plan.chip is not None:
+        refuse_given(ctx, _OF_DRAWN_CHIPS, f"{folder} was programmed for one chip, none is drawn; leave it out")
     if fault_map is not None:
         refuse_given(ctx, _OF_DRAWN_CHIPS, "the chips of --fault-map are not drawn; leave one of the two out")
     experiment = Experiment(

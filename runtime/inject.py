@@ -8,6 +8,7 @@ Everywhere else a stuck cell does nothing, since its row is not driven or its co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.checks import check_placement
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding
 from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
 
-__all__ = ["Injector", "LayerFaults", "Leaks"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -76,10 +77,23 @@ class Injector:
     def __init__(self, deployment: Deployment) -> None:
         check_placement(deployment)
         self._places = _Places.of(deployment)
-        self._layers = [_LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
+        self._layers = [LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
 
     def faults(self, fault_map: FaultMap) -> list[LayerFaults]:
         """Return what the faults of a chip do to each layer that they change, in the order of the plan.
+
+        Args:
+            fault_map: Its stuck cells.
+        """
+        found = []
+        for number, stuck in enumerate(self.stuck(fault_map)):
+            faults = self._layers[number].faults(number, stuck)
+            if len(faults.index) or faults.leaks is not None:
+                found.append(faults)
+        return found
+
+    def stuck(self, fault_map: FaultMap) -> list[StuckCells]:
+        """Return the stuck cells of a chip that matter to each layer of the plan.
 
         Args:
             fault_map: Its stuck cells.
@@ -88,16 +102,11 @@ class Injector:
         if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
             stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
-        found = []
-        for number in np.flatnonzero(np.diff(ends)).tolist():
-            faults = self._layers[number].faults(number, stuck.take(slice(ends[number], ends[number + 1])))
-            if len(faults.index) or faults.leaks is not None:
-                found.append(faults)
-        return found
+        return [stuck.take(slice(first, last)) for first, last in itertools.pairwise(ends.tolist())]
 
 
 @dataclass(frozen=True, eq=False)
-class _Stuck:
+class StuckCells:
     """Stuck cells that matter, as parallel arrays.
 
     Attributes:
@@ -106,6 +115,7 @@ class _Stuck:
         in_group: Group of the row.
         position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
         part: slice * cells + role of the cell.
+        segment: The column segment whose column it is on.
         conductance: What it is stuck at, siemens.
     """
 
@@ -114,11 +124,12 @@ class _Stuck:
     in_group: Integers
     position: Integers
     part: Integers
+    segment: Integers
     conductance: Floats
 
-    def take(self, which: Integers | slice) -> _Stuck:
+    def take(self, which: Integers | slice) -> StuckCells:
         """Return some of them."""
-        return _Stuck(*(column[which] for column in vars(self).values()))
+        return StuckCells(*(column[which] for column in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +145,8 @@ class _Places:
         column_block: Block of each column, [arrays * columns].
         column_start: Flat position in the matrix of the first weight of each column's output.
         column_part: slice * cells + role of each column.
+        column_segment: The column segment of each column: an output of a group of a partition, counted array by array;
+            twins share theirs.
     """
 
     geometry: ChipGeometry
@@ -144,6 +157,7 @@ class _Places:
     column_block: Integers
     column_start: Integers
     column_part: Integers
+    column_segment: Integers
 
     @classmethod
     def of(cls, deployment: Deployment) -> _Places:
@@ -151,9 +165,12 @@ class _Places:
         geometry, plan = ChipGeometry.of(deployment), deployment.plan
         rows = np.full((3, geometry.arrays, geometry.rows), -1)
         columns = np.full((2, geometry.arrays, geometry.columns), -1)
-        parts = np.zeros((geometry.arrays, geometry.columns), np.int64)
+        parts, segments = np.zeros((2, geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
+        first_segment: dict[int, int] = {}
+        count = 0
         for array in plan.arrays:
+            first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
             for partition in array.partitions:
                 layer = plan.layers[partition.layer]
                 height, width = _extent(partition, array)
@@ -165,7 +182,11 @@ class _Places:
                 start = (group * layer.outputs + output) * layer.inputs
                 part = _parts(array, layer)
                 columns[:, array.id, width] = np.repeat([group - partition.groups[0] + first, start], len(part), axis=1)
-                parts[array.id, width] = np.tile(part, len(output))
+                flips = np.repeat(flipped_outputs(partition), len(part))
+                parts[array.id, width] = np.tile(part, len(output)) ^ flips
+                segments[array.id, width] = np.repeat(segment + np.arange(len(output)), len(part))
+                segment += len(output)
+            count = max(count, segment)
         return cls(
             geometry=geometry,
             block_layer=np.array([*block_layer, -1], np.int64),
@@ -175,9 +196,10 @@ class _Places:
             column_block=columns[0].reshape(-1),
             column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
+            column_segment=segments.reshape(-1),
         )
 
-    def resolve(self, fault_map: FaultMap) -> _Stuck:
+    def resolve(self, fault_map: FaultMap) -> StuckCells:
         """Return the faults that matter: those on a row and a column of the same layer."""
         geometry = self.geometry
         row, column = np.divmod(fault_map.cell, geometry.columns)
@@ -186,12 +208,13 @@ class _Places:
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
         row, column = row[matters], column[matters]
-        return _Stuck(
+        return StuckCells(
             layer=layer[matters],
             at_home=(row_block == column_block)[matters],
             in_group=self.row_group[row],
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
+            segment=self.column_segment[column],
             conductance=fault_map.conductance[matters],
         )
 
@@ -216,7 +239,7 @@ def _parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
 
 
 @dataclass(frozen=True, eq=False)
-class _LayerCells:
+class LayerCells:
     """A layer's cells, and how they are read.
 
     Attributes:
@@ -232,12 +255,12 @@ class _LayerCells:
     gain: Floats = field(repr=False)
 
     @classmethod
-    def of(cls, deployment: Deployment, layer: LayerPlan) -> _LayerCells:
+    def of(cls, deployment: Deployment, layer: LayerPlan) -> LayerCells:
         """Open a layer."""
         coding, cells = layer_coding(deployment.target, layer), deployment.cells(layer)
         return cls(layer, coding, cells.reshape(coding.slices * coding.cells, -1), deployment.gain(layer))
 
-    def faults(self, number: int, stuck: _Stuck) -> LayerFaults:
+    def faults(self, number: int, stuck: StuckCells) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number."""
         away = stuck.take(np.flatnonzero(~stuck.at_home))
         home = stuck.take(np.flatnonzero(stuck.at_home)) if len(away.part) else stuck
@@ -251,13 +274,15 @@ class _LayerCells:
         leaks = self._leaks(pair[~inside], extra[~inside])
         return LayerFaults(layer=number, index=index, value=value, leaks=leaks)
 
-    def _crossings(self, stuck: _Stuck) -> Floats:
+    def _crossings(self, stuck: StuckCells) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear."""
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
         return self._weights(zeros, np.arange(count), stuck, stuck.position)
 
-    def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: _Stuck, position: Integers) -> Floats:
+    def _weights(
+        self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers
+    ) -> Floats:
         """Return the weights that cells hold when some are stuck, float32 [weights].
 
         Args:

@@ -37,6 +37,7 @@ from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.programmed_chip import chip_faults
 from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_declared, release_memory
@@ -187,9 +188,7 @@ class Bench:
             else learned.metric
         )
         self.images = spread(len(self.data), min(len(self.data), experiment.images or len(self.data)))
-        self.measured = (
-            read_fault_maps(experiment.fault_map, self.deployment) if experiment.fault_map is not None else []
-        )
+        self.measured = self._measured()
         del session
         release_memory()
         if experiment.first_image is not None:
@@ -201,6 +200,22 @@ class Bench:
         self.images = self.clean.indices  # without those that could not be read
         if experiment.images_per_run is not None:
             self._check_images_per_run(experiment.images_per_run)
+
+    def _measured(self) -> list[FaultMap]:
+        """Return the chips that are known: those of a fault map, or the one that the deployment was programmed for."""
+        own, experiment = chip_faults(self.deployment), self.experiment
+        if own is None:
+            return [] if experiment.fault_map is None else read_fault_maps(experiment.fault_map, self.deployment)
+        if experiment.fault_map is not None:
+            raise ConfigError(
+                f"{self.deployment.folder}: programmed for one chip, whose stuck cells it holds; leave --fault-map out"
+            )
+        return [own]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether chips are known, not drawn."""
+        return self.experiment.fault_map is not None or self.deployment.plan.chip is not None
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -282,20 +297,18 @@ class Bench:
     @property
     def rates(self) -> int:
         """How many failure rates each chip is run at."""
-        return len(self.experiment.faults) if self.experiment.fault_map is None else 1
+        return 1 if self.is_measured else len(self.experiment.faults)
 
     def fault_map(self, run: int, rate: int) -> FaultMap:
         """Return the faults of a chip at a failure rate."""
-        if self.experiment.fault_map is not None:
+        if self.is_measured:
             return self.measured[run]
         model = self.experiment.faults[rate]
         return draw_faults(self.geometry, model, self.deployment.target, seed=self.experiment.seed, run=run)
 
     def key(self, run: int, rate: int) -> str:
         """Return the key of a chip's result in the journal, the same whatever other rates are run."""
-        return (
-            f"run {run}" if self.experiment.fault_map is not None else f"run {run} {self.experiment.faults[rate].key}"
-        )
+        return f"run {run}" if self.is_measured else f"run {run} {self.experiment.faults[rate].key}"
 
     def images_of(self, run: int) -> Indices:
         """Return which images a chip sees."""

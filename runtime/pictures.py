@@ -17,6 +17,7 @@ from rerampile.deployment import Deployment, load_deployment
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps
 from rerampile.runtime.faults import draw_faults
 from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.programmed_chip import chip_faults
 from rerampile.runtime.validation import RateReport, ValidationReport
 
 __all__ = [
@@ -62,7 +63,10 @@ def most_hit_array(experiment: Experiment) -> ArrayPicture:
     """Return the array with the most stuck cells of the first chip, at the highest failure rate."""
     deployment = load_deployment(experiment.folder)
     geometry = ChipGeometry.of(deployment)
-    if experiment.fault_map is not None:
+    own = chip_faults(deployment)
+    if own is not None:
+        chip, at = own, "its known stuck cells"
+    elif experiment.fault_map is not None:
         chip, at = read_fault_maps(experiment.fault_map, deployment)[0], experiment.fault_map.name
     else:
         model = max(experiment.faults, key=lambda faults: faults.rate)

@@ -229,7 +229,7 @@ def predict_beside(experiment: Experiment) -> Prediction | str:
     Returns:
         The prediction, or why there is none.
     """
-    if experiment.fault_map is not None:
+    if experiment.fault_map is not None or load_deployment(experiment.folder).plan.chip is not None:
         return "chips are measured, not drawn"
     worst = max(experiment.faults, key=lambda model: model.rate)
     if worst.distribution != "independent":

@@ -305,10 +305,15 @@ def _validate(
     progress: Callable[[int, int, ChipResult | None], None] | None,
 ) -> ValidationReport:
     bench = Bench(experiment)
+    if bench.is_measured and (precision_points is not None or requirements):
+        raise ConfigError(
+            f"{bench.deployment.folder}: programmed for one chip: no failure rate to require something of, no more "
+            f"chips to run; leave --require and --precision-points out"
+        )
     for requirement in requirements:
         requirement.check_measured([model.rate for model in experiment.faults], bench.metric.names)
     int8 = _int8_report(bench)
-    count = len(bench.measured) if experiment.fault_map is not None else runs
+    count = len(bench.measured) if bench.is_measured else runs
     rates = range(bench.rates)
     with Journal(journal, experiment_record(bench)) as record:
 
@@ -372,7 +377,7 @@ def _int8_report(bench: Bench) -> Int8Report | None:
 
 def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precision: float | None) -> RateReport:
     experiment = bench.experiment
-    model = experiment.faults[rate] if experiment.faults else None
+    model = None if bench.is_measured else experiment.faults[rate]
     cells = bench.geometry.cells * len(results)
     share = _sites(bench) / bench.geometry.cells if model is not None and model.rate_unit == "weight" else 1.0
     return RateReport(

@@ -29,13 +29,14 @@ from rerampile.plan import FileRecord, LayerPlan, Verification, encode_plan, rea
 from rerampile.recount import check_counts, check_nodes, check_sums
 from rerampile.runtime.compare import flat, input_sensitivity, output_error, require_tolerance
 from rerampile.runtime.inputs import fitting_inputs, inputs_from_file
+from rerampile.runtime.programmed_chip import chip_outputs
 from rerampile.runtime.reference import write_reference
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.side_by_side import layer_errors
 from rerampile.tensor_file import TensorFile, TensorWriter, stores
 from rerampile.unit import Unit
 
-__all__ = ["Verify", "verify_deployment"]
+__all__ = ["Verify", "keep_reference", "verify_deployment"]
 
 Outputs = Sequence[Any]
 
@@ -146,7 +147,7 @@ def _run_both(unit: Unit, deployment: Deployment, errors: tuple[float, float]) -
             held = run(open_session(path), inputs) if discrete else pruned
             layers = layer_errors(unit.folder, path, inputs) if rounds else None
     deployed = run(open_session(unit.folder / DEPLOYED), inputs)
-    _keep_reference(unit.folder / REFERENCE, inputs, names, held)
+    keep_reference(unit.folder / REFERENCE, inputs, names, held)
     verification = Verification(
         max_weight_error=errors[0],
         max_weight_error_of_bound=errors[1],
@@ -247,7 +248,7 @@ def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.fl
     return np.where(factor != 0, unfolded, _pruned(unit, layer))
 
 
-def _keep_reference(path: Path, inputs: Mapping[str, npt.NDArray[Any]], names: Sequence[str], outputs: Outputs) -> None:
+def keep_reference(path: Path, inputs: Mapping[str, npt.NDArray[Any]], names: Sequence[str], outputs: Outputs) -> None:
     """Write the inputs and the reference outputs, so that the folder can be verified later without the model."""
     tensors = {f"input/{name}": value for name, value in inputs.items()}
     tensors |= {f"output/{name}": _recorded(value) for name, value in zip(names, outputs, strict=True)}
@@ -290,14 +291,17 @@ def verify_deployment(folder: str | Path) -> Verification:
     inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
     session = open_session(deployment.model_path)
     names = [output.name for output in session.get_outputs()]
-    found = run(session, inputs)
+    found = run(session, inputs) if deployment.plan.chip is None else chip_outputs(deployment, inputs)
     outputs = [output_error(n, _recorded(f), reference.read(f"output/{n}")) for n, f in zip(names, found, strict=True)]
     require_tolerance(outputs, recorded.tolerance, str(deployment.folder))
     return msgspec.structs.replace(recorded, outputs=outputs, onnxruntime=ort.__version__)
 
 
 def _check_weights(deployment: Deployment, masks: TensorFile | None, number: int) -> None:
-    """Decode one layer: its weights are those that were compiled, zero where its mask says so, and counted rightly."""
+    """Decode one layer: its weights are those that were compiled, zero where its mask says so, and counted rightly.
+
+    On a chip with stuck cells pruned weights need not be zero.
+    """
     layer = deployment.plan.layers[number]
     digest, kept, zeros = hashlib.sha256(), None, 0
     if layer.mask is not None and masks is not None:
@@ -311,7 +315,7 @@ def _check_weights(deployment: Deployment, masks: TensorFile | None, number: int
     for rows, weights in decode_rows(deployment, layer):
         digest.update(weight_bytes(weights))
         zeros += weights.size - int(np.count_nonzero(weights))
-        if kept is not None and weights[~kept[rows]].any():
+        if kept is not None and deployment.plan.chip is None and weights[~kept[rows]].any():
             raise PlanFormatError(
                 f"{deployment.folder}: layer '{layer.name}': a weight that '{MASKS}' prunes is not zero"
             )

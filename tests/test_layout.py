@@ -31,6 +31,8 @@ FACES = {
     "rerampile.searcher",
     "rerampile.show_search",
     "rerampile.predict_command",
+    "rerampile.program_command",
+    "rerampile.programmer",
     "rerampile.validate_command",
     "rerampile.show_prediction",
     "rerampile.show_validation",

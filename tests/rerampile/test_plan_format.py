@@ -18,6 +18,9 @@ import pytest
 import rerampile
 from rerampile.matrix_view import MatrixView
 from rerampile.plan_schema import plan_schema
+from rerampile.programmer import ChipSource, program_chip
+from rerampile.runtime.fault_map import ChipGeometry
+from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.schemes import MAPPINGS
 
 REMEDY = "regenerate it with: python docs/plan_format.py"
@@ -118,6 +121,21 @@ def test_the_reader_reads_what_was_written(
         np.testing.assert_array_equal(read, view.tensor(deployment.weights(layer)))
     for array in plan["arrays"]:
         np.testing.assert_array_equal(reader["picture"](plan, tensors, array), deployment.array(array["id"]))
+
+
+@pytest.mark.parametrize("target", ["analog", "twin", "slices"])
+def test_the_reader_knows_columns_that_changed_roles(
+    reader: dict[str, Any], model: onnx.ModelProto, tmp_path: Path, target: str
+) -> None:
+    hardware = rerampile.Target(name="test", rows=24, columns=24, **TARGETS[target])
+    deployment = rerampile.compile_model(model, out=tmp_path / "out", target=hardware)
+    faults = draw_faults(ChipGeometry.of(deployment), FaultModel.of_rate(0.1), hardware, seed=0, run=0)
+    source = ChipSource(path=deployment.folder / "plan.json", number=0, faults=faults)
+    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "assign", "flip"))
+    plan, tensors = reader["read"](chip.folder)
+    assert any("flipped" in part for array in plan["arrays"] for part in array["partitions"])
+    for array in plan["arrays"]:
+        np.testing.assert_array_equal(reader["picture"](plan, tensors, array), chip.array(array["id"]))
 
 
 def test_the_reader_gives_the_weights_that_went_in(

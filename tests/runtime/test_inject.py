@@ -14,9 +14,10 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from rerampile import Deployment, Target, compile_model
+from rerampile import Deployment, Target, compile_model, verify_deployment
 from rerampile.deployment import layer_coding, partition_blocks
 from rerampile.errors import PlanFormatError
+from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -95,7 +96,11 @@ def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
             for group, rows, columns in partition_blocks(partition, width):
                 in_row[rows] = group * layer.inputs + np.array(partition.input_indices)
                 out_row[columns] = np.repeat(group * layer.outputs + np.array(partition.output_indices), width)
-                sign[columns] = np.tile(signs, partition.output_count)
+                turned = np.isin(  # their currents are subtracted the other way round
+                    np.arange(partition.output_count) + (group - partition.groups[0]) * partition.output_count,
+                    partition.flipped or [],
+                )
+                sign[columns] = np.tile(signs, partition.output_count) * np.repeat(np.where(turned, -1, 1), width)
         for driven in np.unique(in_row[in_row >= 0]):
             inputs = (in_row == driven).astype(np.float64)
             currents = inputs @ picture * sign
@@ -159,6 +164,31 @@ def test_weights_and_leaks_are_what_the_arrays_compute(
     assert found[2].leaks is None
     assert {f.value.dtype for f in found} == {np.dtype(np.float32)}
     assert {f.index.dtype for f in found} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("layout", ["adjacent", "twin"])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3), ("table", 1)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_programmed_chips_are_what_the_arrays_compute(
+    scheme: str, kind: str, slices: int, layout: str, tmp_path: Path
+) -> None:
+    """With columns that have changed roles, groups on a diagonal, packed arrays, and no less error than before."""
+    target = target_of(CELLS[kind], slices, layout)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    source = ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=random_faults(deployment))
+
+    chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "assign", "flip", "gain"))
+
+    check_against_simulation(chip, source.faults)
+    verify_deployment(chip.folder)
+    flips = sum(len(p.flipped or []) for array in chip.plan.arrays for p in array.partitions)
+    assert (flips > 0) == (scheme != "offset")
+    assert chip.plan.chip is not None
+    errors = [step.error for step in chip.plan.chip.steps]
+    assert errors[-1] < 0.8 * errors[0] if scheme != "offset" else errors[-1] < errors[0]
+    assert errors[4] <= errors[3] * (1 + 1e-6)
+    assert errors[3] < errors[1]
+    assert any(p.output_index is not None for array in chip.plan.arrays for p in array.partitions)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

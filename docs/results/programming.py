@@ -1,0 +1,223 @@
+r"""Measure what programming a chip for its known stuck cells brings, step by step, and write a page about it.
+
+The model is compiled once. For each failure rate chips are drawn, programmed with more and more steps, and run on the
+data, as they are. Finished figures are kept, so that an interrupted measurement goes on where it was.
+
+Example:
+    python docs/results/programming.py models/resnet18_cifar10.onnx --data cifar10:DIR \
+        --name resnet18-cifar10-programming --title "Programming ResNet18 chips"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tables import HERE, command, shown_model, table
+
+from rerampile import Deployment, compile_model
+from rerampile.programmer import Calibration, ChipSource, calibrate, program_chip
+from rerampile.runtime.data import open_dataset, training_split
+from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
+from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.session import open_declared
+from rerampile.runtime.statistics import interval_of
+from rerampile.runtime.validation import validate
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as compiled": (),
+    "compensate": ("compensate",),
+    "+ flip": ("compensate", "flip"),
+    "+ assign + flip": ("compensate", "assign", "flip"),
+    "+ flip + gain": ("compensate", "flip", "gain"),
+    "+ flip + repair": ("compensate", "flip", "repair"),
+    "+ flip + repair + gain": ("compensate", "flip", "repair", "gain"),
+    "+ assign + flip + repair + gain": ("compensate", "assign", "flip", "repair", "gain"),
+}
+CALIBRATED = tuple(variant for variant, steps in VARIANTS.items() if "repair" in steps)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a figure for each failure rate, chip and variant: the metric, the errors, and the seconds."""
+    deployment = compile_model(options.model, out=options.work / "deployment", mapping=options.mapping)
+    kept = Kept(options.work / "programming.jsonl", {**identity(options), "plan": deployment.plan.plan_sha256})
+    calibration = None
+    for rate in options.rates:
+        for chip in range(options.runs):
+            for variant in [v for v in VARIANTS if not kept.has(rate, chip, v)]:
+                if variant in CALIBRATED and calibration is None:
+                    calibration = calibrated(deployment, options)
+                seen = calibration if variant in CALIBRATED else None
+                kept.add(one(deployment, rate, chip, variant, seen, options))
+                print(f"{rate:g}, chip {chip}, {variant}: {kept.figures[-1]['value']:.2f}", flush=True)
+    return [f for f in kept.figures if f["rate"] in options.rates and f["chip"] < options.runs]
+
+
+def identity(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what figures depend on, but for the rate and the number of the chip."""
+    return {"data": options.shown_data, "images": options.images, "calibration_images": options.calibration_images}
+
+
+class Kept:
+    """Finished figures, one a line, behind a line that says of what."""
+
+    def __init__(self, path: Path, experiment: dict[str, Any]) -> None:
+        self.path = path
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if lines and lines[0] != experiment:
+            raise SystemExit(
+                f"{path}: of another experiment, {lines[0]}; remove it, or name another folder with --work"
+            )
+        self.figures: list[dict[str, Any]] = lines[1:]
+        if not lines:
+            path.write_text(json.dumps(experiment) + "\n")
+
+    def has(self, rate: float, chip: int, variant: str) -> bool:
+        """Whether a figure is there."""
+        return any((f["rate"], f["chip"], f["variant"]) == (rate, chip, variant) for f in self.figures)
+
+    def add(self, figure: dict[str, Any]) -> None:
+        """Keep a figure."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(figure) + "\n")
+        self.figures.append(figure)
+
+
+def calibrated(deployment: Deployment, options: argparse.Namespace) -> Calibration:
+    """Return what layers see on training images, and say how long that took."""
+    started = time.perf_counter()
+    session = open_declared(deployment.model_path)
+    data = open_dataset(training_split(options.data), session, Preprocessing(), default_split="train")
+    found = calibrate(deployment, data, options.calibration_images)
+    print(f"calibration: {time.perf_counter() - started:.1f} s", flush=True)
+    return found
+
+
+def one(
+    deployment: Deployment,
+    rate: float,
+    chip: int,
+    variant: str,
+    calibration: Calibration | None,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Program one chip and run it; without steps, run the chip on what was compiled."""
+    faults = draw_faults(
+        ChipGeometry.of(deployment), FaultModel.of_rate(rate), deployment.target, seed=options.seed, run=chip
+    )
+    path, folder = options.work / "chip.safetensors", options.work / "chip"
+    write_fault_maps(path, [faults], deployment)
+    experiment = Experiment(folder=deployment.folder, fault_map=path, data=options.data, images=options.images)
+    seconds, error, wrong = 0.0, None, None
+    if VARIANTS[variant]:
+        started = time.perf_counter()
+        source = ChipSource(path=path, number=0, faults=faults)
+        done = program_chip(deployment, source, folder, steps=VARIANTS[variant], calibration=calibration).plan.chip
+        seconds = time.perf_counter() - started
+        if done is not None:
+            error, wrong = done.steps[-1].error, done.unrepaired_total
+        experiment = Experiment(folder=folder, data=options.data, images=options.images)
+    journal = options.work / "journal.jsonl"
+    journal.unlink(missing_ok=True)
+    report = validate(experiment, journal)
+    journal.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    name, metric = next(iter(report.rates[0].metrics.items()))
+    return {
+        "rate": rate,
+        "chip": chip,
+        "variant": variant,
+        "metric": name,
+        "value": metric.mean,
+        "clean": metric.clean if not VARIANTS[variant] else None,
+        "error": error,
+        "unrepaired": wrong,
+        "seconds": round(seconds, 2),
+    }
+
+
+def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Return the page in Markdown."""
+    clean = next(f["clean"] for f in figures if f["clean"] is not None)
+    images = "all images" if options.images is None else f"{options.images:,} images"
+    heads = ["steps", *(f"{rate:g}" for rate in options.rates)]
+    lines = [
+        f"# {options.title}",
+        "",
+        f"Mean drop of {figures[0]['metric']} in points against {clean:.2f} % without faults, of {options.runs} chips",
+        "for each failure rate of a cell (stuck off : stuck on = 1 : 5.2), with its 95 % interval over chips, and the",
+        f"worst chip in brackets; {images}, mapping `{options.mapping}`. Repair learns from",
+        f"{options.calibration_images} training images without their labels.",
+        "",
+        *table(
+            ["steps", *(f"{rate:g}" for rate in options.rates)], [row(figures, v, clean, options) for v in VARIANTS]
+        ),
+        "",
+        "Median seconds that a chip takes from fault map to verified folder, calibration not counted:",
+        "",
+        *table(heads, [times(figures, v, options) for v in VARIANTS][1:]),
+        "",
+        f"Every chip's figures are in [{options.name}.json]({options.name}.json).",
+        *command("programming.py", repeat(options)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row(figures: list[dict[str, Any]], variant: str, clean: float, options: argparse.Namespace) -> list[str]:
+    """Return the drops of a variant at each rate."""
+    cells = []
+    for rate in options.rates:
+        drops = clean - np.array([f["value"] for f in figures if (f["rate"], f["variant"]) == (rate, variant)])
+        low, high = interval_of(drops) or (drops.mean(), drops.mean())
+        cells.append(f"{drops.mean():.2f} ± {(high - low) / 2:.2f} ({drops.max():.1f})")
+    return [variant, *cells]
+
+
+def times(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
+    """Return the seconds of a variant at each rate."""
+    found = [[f["seconds"] for f in figures if (f["rate"], f["variant"]) == (r, variant)] for r in options.rates]
+    return [variant, *(f"{statistics.median(seconds):.1f}" for seconds in found)]
+
+
+def repeat(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that repeat a measurement."""
+    words = [shown_model(options.model), "--data", options.shown_data, "--name", options.name, "--title", options.title]
+    words += ["--failure-rate", ",".join(f"{rate:g}" for rate in options.rates), "--runs", str(options.runs)]
+    words += [] if options.images is None else ["--images", str(options.images)]
+    return [*words, "--calibration-images", str(options.calibration_images), "--mapping", options.mapping]
+
+
+def main() -> None:
+    """Measure, and write the page and its numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
+    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
+    parser.add_argument("--name", required=True, help="of the page")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--mapping", default="differential")
+    parser.add_argument("--failure-rate", default="0.02,0.108")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--calibration-images", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where chips and figures are kept")
+    options = parser.parse_args()
+    options.shown_data = options.shown_data or options.data
+    options.rates = [float(rate) for rate in options.failure_rate.split(",")]
+    options.work.mkdir(parents=True, exist_ok=True)
+    figures = measure(options)
+    (HERE / f"{options.name}.md").write_text(page(figures, options))
+    (HERE / f"{options.name}.json").write_text(json.dumps({**identity(options), "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

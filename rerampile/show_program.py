@@ -1,0 +1,73 @@
+"""What ``program`` shows in a terminal, and ``show`` of a programmed chip."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rerampile.plan import ChipPlan, LayerPlan
+from rerampile.terminal import facts_table, new_table, print_parts, printable
+
+__all__ = ["show_chip"]
+
+_LISTED = 10
+
+_WORDS = {
+    "none": "as compiled",
+    "compensate": "pairs compensated",
+    "assign": "outputs in other columns",
+    "flip": "column segments flipped",
+    "repair": "healthy weights moved",
+    "gain": "gains adjusted",
+}
+
+
+def show_chip(
+    out: Console,
+    layers: Sequence[LayerPlan],
+    chip: ChipPlan,
+    folder: Path | None = None,
+    requirements: Sequence[tuple[str, float, bool]] = (),
+) -> None:
+    """Print what was done for a chip, and what stays wrong.
+
+    Args:
+        out: Where to.
+        layers: Layers of the plan.
+        chip: The chip.
+        folder: Where its deployment is, or None where that is known.
+        requirements: Text, what was found, and whether it holds.
+    """
+    steps = new_table(("step", "left"), ("error", "right"), ("cells touched", "right"), ("segments flipped", "right"))
+    for step in chip.steps:
+        steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", f"{step.touched:,}", f"{step.flipped:,}")
+    heads = ("output", "input", "weight", "read")
+    worst = new_table(("stays wrong", "left"), *((head, "right") for head in heads))
+    for weight in chip.unrepaired[:_LISTED]:
+        name = printable(layers[weight.layer].name) if weight.layer < len(layers) else f"layer {weight.layer}"
+        worst.add_row(name, str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}")
+    number = max(range(len(chip.layers)), key=lambda n: chip.layers[n].errors[-1])
+    hit = sum(layer.weights for layer in chip.layers)
+    layer, share = printable(layers[number].name), math.sqrt(chip.layers[number].errors[-1])
+    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on"
+    after, before = _percent(chip.output_error), _percent(chip.output_error_before)
+    facts = [
+        ("chip", f"{printable(chip.source)}, number {chip.number}: {stuck}"),
+        ("weights", f"{hit:,} hit, {chip.unrepaired_total:,} of them stay wrong"),
+        ("worst layer", f"{layer}, off by {100 * share:.3g} %"),
+        ("outputs", f"off by {after} on the verification's inputs, {before} before"),
+    ]
+    if chip.calibration is not None:
+        facts.append(("calibration", f"{printable(chip.calibration)}, {chip.calibration_images:,} images"))
+    facts += [("met" if met else "NOT met", f"{printable(text)}: {found:.4g}") for text, found, met in requirements]
+    if folder is not None:
+        facts.append(("folder", printable(shlex.quote(str(folder)))))
+    print_parts(out, steps, worst if chip.unrepaired else None, facts_table(facts))
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown amount" if share is None else f"{100 * share:.3g} %"

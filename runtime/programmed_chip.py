@@ -1,0 +1,50 @@
+"""The chip that a deployment was programmed for: its stuck cells, and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from rerampile.deployment import Deployment
+from rerampile.errors import PlanFormatError
+from rerampile.files import PLAN
+from rerampile.runtime.executor import Outputs, open_executor
+from rerampile.runtime.fault_map import FaultMap, read_fault_maps
+from rerampile.runtime.inject import Injector
+
+__all__ = ["chip_faults", "chip_outputs", "outputs_with"]
+
+
+def chip_faults(deployment: Deployment) -> FaultMap | None:
+    """Return the stuck cells of the chip that a deployment was programmed for, None where it is for any chip.
+
+    Raises:
+        PlanFormatError: The plan names a file that is not in the folder, or one with other faults than it says.
+        DataError: The file is no fault map of this plan.
+    """
+    chip = deployment.plan.chip
+    if chip is None:
+        return None
+    if chip.faults not in deployment.plan.files:
+        raise PlanFormatError(f"{deployment.folder / PLAN}: $.chip.faults: '{chip.faults}' is not in $.files")
+    maps = read_fault_maps(deployment.folder / chip.faults, deployment)
+    if len(maps) != 1 or (maps[0].stuck_off, maps[0].stuck_on) != (chip.stuck_off, chip.stuck_on):
+        raise PlanFormatError(
+            f"{deployment.folder / chip.faults}: expected one chip with {chip.stuck_off} cells stuck off and "
+            f"{chip.stuck_on} stuck on, as the plan says"
+        )
+    return maps[0]
+
+
+def chip_outputs(deployment: Deployment, inputs: Mapping[str, npt.NDArray[Any]]) -> Outputs:
+    """Run the chip that a deployment was programmed for, the slow way."""
+    return outputs_with(deployment, chip_faults(deployment), inputs)
+
+
+def outputs_with(deployment: Deployment, faults: FaultMap | None, inputs: Mapping[str, npt.NDArray[Any]]) -> Outputs:
+    """Run a chip with some stuck cells, or with none, the slow way: a session with its very weights and leaks."""
+    executor = open_executor(deployment, method="slow")
+    executor.apply([] if faults is None else Injector(deployment).faults(faults))
+    return executor.run(inputs)

@@ -1,0 +1,271 @@
+"""The command that programs chips: folders, verdicts, replay, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from rerampile import Deployment, PlanFormatError, Target, compile_model, load_deployment, verify_deployment
+from rerampile.cli import main
+from rerampile.deployment import layer_coding
+from rerampile.plan import FileRecord, encode_plan, read_plan
+from rerampile.programmer import ChipSource, calibrate, program_chip
+from rerampile.runtime.data import open_dataset
+from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps, write_fault_maps
+from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.inject import Injector
+from rerampile.runtime.layer_program import LayerProgram
+from rerampile.runtime.preprocessing import Preprocessing
+from rerampile.runtime.repair import output_energies, repair_errors
+from rerampile.runtime.session import open_declared
+
+
+@pytest.fixture
+def deployment(small_model_file: Path, tmp_path: Path) -> Deployment:
+    return compile_model(small_model_file, out=tmp_path / "out", mapping="differential")
+
+
+def drawn(deployment: Deployment, rate: float = 0.05, chips: int = 1) -> list[FaultMap]:
+    model, geometry = FaultModel.of_rate(rate), ChipGeometry.of(deployment)
+    return [draw_faults(geometry, model, deployment.target, seed=3, run=run) for run in range(chips)]
+
+
+def map_file(deployment: Deployment, path: Path, **how: Any) -> Path:
+    write_fault_maps(path, drawn(deployment, **how), deployment)
+    return path
+
+
+def run(*words: Any) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_chip_is_programmed_verified_and_validated(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "chip17.safetensors")
+    done = run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    chip = json.loads(done.stdout)["chips"][0]["chip"]
+    assert [step["step"] for step in chip["steps"]] == ["none", "compensate", "assign", "flip", "gain"]
+    errors = [step["error"] for step in chip["steps"]]
+    assert errors == sorted(errors, reverse=True)
+    assert chip["output_error"] < 0.7 * chip["output_error_before"]
+    assert chip["unrepaired_total"] == sum(layer["unrepaired"] for layer in chip["layers"])
+    shares = [weight["share"] for weight in chip["unrepaired"]]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == min(100, chip["unrepaired_total"]) > 0
+
+    assert run("verify", tmp_path / "chip").exit_code == 0
+    shown = run("show", tmp_path / "chip").output
+    assert "pairs compensated" in shown
+    assert "chip17.safetensors" in shown
+    done = run("validate", tmp_path / "chip", "-o", tmp_path / "report", "-q", "--json", "--images", 8)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [rate["distribution"] for rate in report["rates"]] == ["measured"]
+    assert report["rates"][0]["metrics"]["output_error"]["chips"] == 1
+    observed = report["rates"][0]["faults"]
+    stuck = drawn(deployment)[0]
+    assert observed["observed_on"] * observed["cells"] == pytest.approx(stuck.stuck_on)
+
+
+def test_the_same_chip_has_the_same_bytes(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    for name in ("a", "b"):
+        data = ["--calibration", "generated", "--images", 16]
+        assert (
+            run("program", deployment.folder, "--fault-map", faults, *data, "-o", tmp_path / name, "-q").exit_code == 0
+        )
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def test_a_folder_of_maps_gives_a_folder_for_each_chip(deployment: Deployment, tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    map_file(deployment, tmp_path / "maps" / "single.csv")
+    map_file(deployment, tmp_path / "maps" / "wafer.safetensors", chips=2)
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "maps", "-o", tmp_path / "chips", "-q")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in (tmp_path / "chips").iterdir()) == ["single", "wafer-0", "wafer-1"]
+    for folder in (tmp_path / "chips").iterdir():
+        verify_deployment(folder)
+
+
+def test_requirements_bin_chips(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    call = ["program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "-q"]
+    assert run(*call, "--require", "error <= 1").exit_code == 0
+    done = run(*call, "--require", "error <= 1", "--require", "unrepaired < 1")
+    assert done.exit_code == 3
+    assert "NOT met" in done.output
+    assert (tmp_path / "chip" / "plan.json").exists()
+    done = run(*call, "--require", "top1 >= 90")
+    assert done.exit_code == 1
+    assert "--require 'top1 >= 90': expected error, worst, unrepaired or output_error <= NUMBER" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--steps", "compensate,mend"],
+            "--steps: no step 'mend', expected some of compensate, assign, flip, repair, gain",
+        ),
+        (["--steps", "repair"], "--steps: 'repair' has to know what layers see; name images with --calibration"),
+    ],
+)
+def test_steps_that_cannot_be_taken(deployment: Deployment, tmp_path: Path, words: list[str], message: str) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    done = run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", *words)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not (tmp_path / "chip").exists()
+
+
+def test_what_is_refused(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    assert run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "-q").exit_code == 0
+    again = run("program", tmp_path / "chip", "--fault-map", faults, "-o", tmp_path / "other", "-q")
+    assert again.exit_code == 1
+    assert "programmed already, expected a deployment written by compile" in again.output
+    done = run("validate", tmp_path / "chip", "--fault-map", faults, "-o", tmp_path / "r", "-q")
+    assert "programmed for one chip, whose stuck cells it holds; leave --fault-map out" in done.output
+    done = run("validate", tmp_path / "chip", "--runs", 3, "-o", tmp_path / "r", "-q")
+    assert done.exit_code == 2
+    assert "was programmed for one chip, none is drawn; leave it out" in done.output
+    done = run("validate", tmp_path / "chip", "--require", "top1 >= 1 @ 0.1", "-o", tmp_path / "r", "-q")
+    assert "programmed for one chip: no failure rate to require something of" in done.output
+    (tmp_path / "empty").mkdir()
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "empty", "-o", tmp_path / "x", "-q")
+    assert "no .safetensors and no .csv file in it, expected fault maps" in done.output
+    (tmp_path / "twice").mkdir()
+    for ending in ("csv", "safetensors"):
+        map_file(deployment, tmp_path / "twice" / f"map.{ending}")
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "twice", "-o", tmp_path / "x", "-q")
+    assert "two chips would go to" in done.output
+
+
+def test_verify_sees_another_map_and_other_flips(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "-q")
+    chip = load_deployment(tmp_path / "chip")
+    path = chip.folder / "faults.safetensors"
+    path.unlink()
+    write_fault_maps(path, drawn(deployment, rate=0.01), chip)
+    record = FileRecord(sha256=hashlib.sha256(path.read_bytes()).hexdigest(), bytes=path.stat().st_size)
+    plan = msgspec.structs.replace(chip.plan, files={**chip.plan.files, path.name: record})
+    (chip.folder / "plan.json").write_bytes(encode_plan(plan))
+    with pytest.raises(PlanFormatError, match=r"expected one chip with .* cells stuck off"):
+        verify_deployment(chip.folder)
+
+    arrays = [
+        msgspec.structs.replace(
+            plan.arrays[0], partitions=[msgspec.structs.replace(plan.arrays[0].partitions[0], flipped=[1, 1])]
+        ),
+        *plan.arrays[1:],
+    ]
+    (chip.folder / "plan.json").write_bytes(encode_plan(msgspec.structs.replace(plan, arrays=arrays)))
+    assert read_plan(chip.folder / "plan.json").arrays[0].partitions[0].flipped == [1, 1]
+    with pytest.raises(PlanFormatError, match=r"flipped \[1, 1\], expected some of 0 to .*, ascending, each once"):
+        verify_deployment(chip.folder)
+
+
+def test_repair_minimises_the_energy() -> None:
+    """Against a dense solve of every output's own system; what may not move does not."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 40, 24)).astype(np.float32) @ rng.standard_normal((24, 24)).astype(np.float32)
+    moments = (x.transpose(0, 2, 1) @ x / 40).astype(np.float32)
+    free = rng.random((2, 6, 24)) < 0.7
+    errors = np.where(free, 0, rng.standard_normal((2, 6, 24))).astype(np.float32)
+    moved = repair_errors(errors, free, moments)
+    assert not moved[~free].any()
+    found = output_energies(errors + moved, moments)
+    for g, o in np.ndindex(2, 6):
+        r = free[g, o]
+        best = errors[g, o].astype(np.float64)
+        best[r] = -np.linalg.solve(moments[g][np.ix_(r, r)].astype(np.float64), (moments[g] @ errors[g, o])[r])
+        least = best @ moments[g] @ best
+        assert least <= found[g, o] * (1 + 1e-4)
+        assert found[g, o] <= 1.1 * least + 0.01 * float(errors[g, o] @ moments[g] @ errors[g, o])
+
+
+def correlated(inputs: int) -> np.ndarray:
+    """Second moments [1, inputs, inputs] of inputs that go together, as those of images do; generated ones do not."""
+    mixing = np.random.default_rng(5).standard_normal((inputs, inputs // 3))
+    return (mixing @ mixing.T + 0.01 * np.eye(inputs))[None].astype(np.float32)
+
+
+@pytest.mark.parametrize("levels", [None, 16])
+def test_no_step_raises_the_objective_of_an_output(small_model_file: Path, tmp_path: Path, levels: int | None) -> None:
+    cell = {"g_off": 1e-6, "g_on": 1e-4, "levels": levels}
+    target = Target.from_dict({"name": "small", "rows": 32, "columns": 32, "cell": cell})
+    deployment = compile_model(small_model_file, out=tmp_path / "out", target=target)
+    data = open_dataset("generated", open_declared(deployment.model_path), Preprocessing(), generate=64)
+    calibration = calibrate(deployment, data, 64)
+    assert sorted(calibration.moments) == [0, 1]
+    stuck = Injector(deployment).stuck(drawn(deployment, 0.1)[0])
+    for number, layer in enumerate(deployment.plan.layers):
+        moments = correlated(layer.inputs)
+        program = LayerProgram(deployment, number, stuck[number], moments)
+        wanted = deployment.weights(layer)
+
+        def energies(
+            program: LayerProgram = program, wanted: np.ndarray = wanted, moments: np.ndarray = moments
+        ) -> np.ndarray:
+            return output_energies((program.weights() - wanted)[None], moments)[0]
+
+        program.step("compensate")
+        program.step("flip")
+        before = energies()
+        program.step("repair")
+        middle = energies()
+        program.step("gain")
+        assert (middle <= before * (1 + 1e-6)).all()
+        assert (energies() <= middle * (1 + 1e-6)).all()
+        if levels is None:
+            assert middle.sum() < 0.5 * before.sum()
+        coding = layer_coding(deployment.target, layer)
+        assert program.cells.dtype == coding.dtype
+    program_chip(
+        deployment,
+        ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=drawn(deployment, 0.1)[0]),
+        tmp_path / "chip",
+        steps=("compensate", "flip", "repair", "gain"),
+        calibration=calibration,
+    )
+    verify_deployment(tmp_path / "chip")
+
+
+def test_a_chip_without_faults_is_what_was_compiled(deployment: Deployment, tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("array,row,column,state\n")
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "none.csv", "-o", tmp_path / "chip", "-q")
+    assert done.exit_code == 0, done.output
+    same = ("conductances.safetensors", "deployed.onnx")
+    assert all((tmp_path / "chip" / n).read_bytes() == (deployment.folder / n).read_bytes() for n in same)
+    assert len(read_fault_maps(tmp_path / "chip" / "faults.safetensors", load_deployment(tmp_path / "chip"))[0]) == 0
+
+
+def test_the_best_columns_leave_less_error(small_model_file: Path, tmp_path: Path) -> None:
+    """Before `flip` and after it; a chip so assigned is read as the arrays have it, each output once."""
+    target = Target.from_dict({"name": "s", "rows": 16, "columns": 16, "cell": {"g_off": 1e-6, "g_on": 1e-4}})
+    deployment = compile_model(small_model_file, out=tmp_path / "out", target=target)
+    source = ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=drawn(deployment, 0.1)[0])
+    steps = {"plain": ("compensate", "flip"), "assigned": ("compensate", "assign", "flip")}
+    chips = {
+        name: program_chip(deployment, source, tmp_path / name, steps=some).plan.chip for name, some in steps.items()
+    }
+    assert chips["plain"] is not None
+    assert chips["assigned"] is not None
+    for plain, assigned in zip(chips["plain"].layers, chips["assigned"].layers, strict=True):
+        assert assigned.errors[-1] < 0.8 * plain.errors[-1]
+    orders = [p.output_index for a in load_deployment(tmp_path / "assigned").plan.arrays for p in a.partitions]
+    assert any(order is not None and order != sorted(order) for order in orders)
+    verify_deployment(tmp_path / "assigned")
