@@ -32,10 +32,13 @@ def open_session(model: Path | bytes, options: Any = None, providers: Sequence[s
     options.log_severity_level = 4
     # Idle threads that go on spinning take the cores from whoever draws faults or opens the next session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
+    # Products of eight bits would overflow sixteen on processors without VNNI, and give other numbers than elsewhere.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     # Products with weights of four bits are rounded to eight bits otherwise, which no exact deployment agrees with.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Constant float weights between DequantizeLinear and QuantizeLinear would be rounded to eight bits, too.
-    disabled = ["WeightBiasQuantization"]
+    # The last one gives weights with a scale for each channel and no zero point a single one, which then fits nothing.
+    disabled = ["WeightBiasQuantization", "QDQS8ToU8Transformer"]
     try:
         source = model if isinstance(model, bytes) else str(model)
         return ort.InferenceSession(source, options, list(providers), disabled_optimizers=disabled)
