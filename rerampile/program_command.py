@@ -27,7 +27,7 @@ _IMAGES = 256
 @click.command(
     epilog=examples(
         "rerampile program model.deployment --fault-map chip17.safetensors -o chip17",
-        "rerampile program out --fault-map chip17.csv --calibration cifar10:DIR -o chip17",
+        "rerampile program out --fault-map chip.csv --calibration npz:FILE -o chip",
         "rerampile program out --fault-map maps/ --require 'error <= 0.05' -o chips",
     )
 )

@@ -145,7 +145,8 @@ def test_training_resumes_where_it_stopped(models_folder: Path, tmp_path: Path) 
         records.tofile(tmp_path / f"{name}.bin")
 
     def train(checkpoint: str, *options: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(models_folder / "train_resnet18.py"), str(tmp_path), "--width", "2"]
+        # Torch 2.13 corrupts its heap with narrower networks, on processors without AVX-512.
+        script = [sys.executable, str(models_folder / "train_resnet18.py"), str(tmp_path), "--width", "8"]
         common = ["--batch", "16", "--threads", "1", "--no-bf16", "--checkpoint", str(tmp_path / checkpoint)]
         return subprocess.run([*script, *common, *options], capture_output=True, text=True, check=False)
 

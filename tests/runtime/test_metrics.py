@@ -252,7 +252,7 @@ def test_resnet20_on_cifar10(data_root, cifar10, option, top1):
     [("mobilenetv2_imagenet", 81.6, 95.9, 0.2), ("mobilenetv2_imagenet_qlinear_int8", 81.8, 95.0, 1.0)],
 )
 def test_mobilenetv2_on_imagenet(data_root, name, top1, top5, within):
-    """All images, no options: preset, size and labels are found. int8 results vary with the installation."""
+    """All images, no options: preset, size and labels are found. int8 results vary with the processor."""
     spec = f"imagefolder:{data_root / 'imagenet' / 'images'}"
     found = measured(data_root / "models" / f"{name}.onnx", spec, None, 1000)
     assert found.values["top1"] == pytest.approx(top1, abs=within)
