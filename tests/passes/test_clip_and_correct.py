@@ -319,7 +319,7 @@ def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Pa
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["layers"][0]["clip"]["clipped"] > 0
     assert f"clipped {plan['layers'][0]['clip']['clipped']}" in done.stderr
-    assert f"clipped  {plan['layers'][0]['clip']['clipped']} weights; that changes the outputs of 'W' most" in " ".join(
+    assert f"clipped {plan['layers'][0]['clip']['clipped']} weights; that changes the outputs of 'W' most" in " ".join(
         done.stdout.split()
     )
     shown = CliRunner().invoke(main, ["show", str(tmp_path / "out"), "-v"]).stdout
