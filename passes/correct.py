@@ -17,11 +17,13 @@ from rerampile.layer import Layer
 from rerampile.passes.weigh import placed, stuck_cell
 from rerampile.plan import CorrectionPlan
 from rerampile.schemes import row_chunks
+from rerampile.stuck_cell import StuckCell
 from rerampile.unit import InputMoments, MappedLayer, Unit
 
 __all__ = ["corrected", "shared_moment"]
 
 Doubles = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 def shared_moment(unit: Unit, layer: Layer, seen: InputMoments) -> Doubles:
@@ -54,8 +56,9 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     stuck = stuck_cell(unit, mapped.coding)
     signal = (1 - stuck.probability) * held
     shift = stuck.shift(mapped.coding) * mapped.gain.astype(np.float64)[:, None]
-    mean = signal + shift * placed(layer, mapped.nonzero)
-    noise = _noise(unit, layer, mapped, held, seen)
+    there = placed(layer, mapped.nonzero)
+    mean = signal + shift * there
+    noise = _noise(layer, mapped, stuck, held, there, seen)
     shared = shared_moment(unit, layer, seen)
     alike = _products(signal, shared, signal)
     factor = np.divide(_products(wanted, shared, signal), alike, out=np.ones_like(alike), where=alike > 0)
@@ -89,11 +92,12 @@ def _products(one: Doubles, moment: Doubles, other: Doubles) -> Doubles:
     return found
 
 
-def _noise(unit: Unit, layer: Layer, mapped: MappedLayer, held: Doubles, seen: InputMoments) -> Doubles:
+def _noise(
+    layer: Layer, mapped: MappedLayer, stuck: StuckCell, held: Doubles, there: Flags, seen: InputMoments
+) -> Doubles:
     """Return the energy of what differs from chip to chip, float64 [groups * outputs]."""
-    stuck, coding = stuck_cell(unit, mapped.coding), mapped.coding
+    coding = mapped.coding
     power = np.repeat(np.diagonal(seen.square, axis1=1, axis2=2), layer.view.outputs, axis=0)
-    there = placed(layer, mapped.nonzero)
     noise = np.empty(len(held))
     for rows in row_chunks(held.shape):
         cells = coding.encode(held[rows].astype(np.float32), mapped.gain[rows])

@@ -36,13 +36,14 @@ _SMALL = 64  # inputs up to which numpy's batched inverse is faster than factors
 def admm(problem: LayerProblem, constraint: Constraint) -> Floats:
     """Return weights of the constraint with a small loss, never larger than that of magnitude pruning with refit."""
     found = refit(problem, _alternate(problem, constraint), constraint)
+    reached = problem.losses(found)
     plain = constraint.project(problem.weights, np.ones_like(problem.importance))
     plain = refit(problem, plain, constraint, _GLANCE)
-    if problem.loss(plain) < _NEAR * problem.loss(found):
+    limit = problem.losses(plain)
+    if limit.sum() < _NEAR * reached.sum():
         plain = refit(problem, plain, constraint)
-    better = problem.losses(found) < (limit := problem.losses(plain))
-    if constraint.joint:
-        better = np.full_like(better, problem.loss(found) < limit.sum())
+        limit = problem.losses(plain)
+    better = np.full(len(reached), reached.sum() < limit.sum()) if constraint.joint else reached < limit
     return np.where(better[:, None, None], found, plain)
 
 
