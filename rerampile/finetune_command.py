@@ -18,6 +18,7 @@ from rerampile.command import (
     scale_option,
     target_options,
 )
+from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
@@ -111,8 +112,6 @@ def finetune(
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
     from rerampile.passes.prune import read_masks
-    from rerampile.runtime.data import open_dataset
-    from rerampile.runtime.session import open_session
     from rerampile.target import Target
     from rerampile.training.finetune import FinetuneRequest
     from rerampile.training.finetune import finetune as train
@@ -133,13 +132,7 @@ def finetune(
     names = {MODEL, f"{MODEL}.data", MASKS, _RECORD, _CHECKPOINT}
     place = own_folder(out or Path(f"{model.stem}.finetuned"), names | {f".{name}" for name in names})
     graph = ModelGraph(load_model_file(model))
-    images = open_dataset(
-        data["data"],
-        open_session(model),
-        data["preprocessing"],
-        default_split="train",
-        skip_bad=data["skip_bad"],
-    )
+    images = open_calibration(model, data)
     read = {} if masks is None else read_masks(masks, find_layers(graph)[0])
     found = train(
         graph,

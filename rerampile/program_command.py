@@ -13,6 +13,7 @@ import click
 from rerampile.chip_options import optional_calibration_options
 from rerampile.command import PATH, examples, json_option, print_json
 from rerampile.interruption import cleaned_up
+from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
     from rerampile.deployment import Deployment
@@ -111,18 +112,9 @@ def program(
 def _calibration(deployment: Deployment, data: dict[str, Any], quiet: bool) -> Calibration:
     """Run the calibration images that the options name."""
     from rerampile.programmer import calibrate
-    from rerampile.runtime.data import open_dataset, training_split
-    from rerampile.runtime.session import open_declared
 
     count = data["images"] or _IMAGES
-    images = open_dataset(
-        training_split(data["data"]),
-        open_declared(deployment.model_path),
-        data["preprocessing"],
-        default_split="train",
-        generate=count,
-        skip_bad=data["skip_bad"],
-    )
+    images = open_calibration(deployment.model_path, data, count)
     with _progress(quiet, "calibration") as progress:
         return calibrate(deployment, images, count, progress)
 

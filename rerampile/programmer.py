@@ -45,7 +45,7 @@ from rerampile.runtime.plain_model import plain_model
 from rerampile.runtime.programmed_chip import outputs_with
 from rerampile.runtime.second_moments import second_moments
 from rerampile.runtime.session import open_session, run
-from rerampile.runtime.verify import keep_reference
+from rerampile.runtime.verify import keep_reference, reference_inputs
 from rerampile.schemes import row_chunks
 from rerampile.tensor_file import TensorFile, TensorWriter
 from rerampile.totals import totals_of, weights_without_cells
@@ -465,7 +465,7 @@ def _finish(
 def _with_outputs(deployment: Deployment, source: ChipSource, written: Deployment) -> Plan:
     """Run the chip on the inputs of the verification, keep its outputs, and return the plan with what they are off."""
     reference = TensorFile(deployment.folder / REFERENCE)
-    inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
+    inputs = reference_inputs(reference)
     session = open_session(written.model_path)
     names = [output.name for output in session.get_outputs()]
     compiled, before = (outputs_with(deployment, faults, inputs) for faults in (None, source.faults))

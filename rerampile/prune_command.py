@@ -158,17 +158,23 @@ def prune_file(
         )
 
 
-def open_calibration(model: Path, data: dict[str, Any]) -> Dataset:
-    """Open what the calibration options name, for a model file."""
+def open_calibration(model: Path, data: dict[str, Any], images: int = _IMAGES) -> Dataset:
+    """Open what options name to learn from, for a model file.
+
+    Args:
+        model: The file.
+        data: What the options gave.
+        images: How many to make where data are generated and the options say nothing.
+    """
     from rerampile.runtime.data import open_dataset
-    from rerampile.runtime.session import open_session
+    from rerampile.runtime.session import open_declared
 
     return open_dataset(
         data["data"],
-        open_session(model),
+        open_declared(model),
         data["preprocessing"],
         default_split="train",
-        generate=data["images"] or _IMAGES,
+        generate=data["images"] or images,
         skip_bad=data["skip_bad"],
     )
 

@@ -36,7 +36,7 @@ from rerampile.runtime.side_by_side import layer_errors
 from rerampile.tensor_file import TensorFile, TensorWriter, stores
 from rerampile.unit import Unit
 
-__all__ = ["Verify", "keep_reference", "verify_deployment"]
+__all__ = ["Verify", "keep_reference", "reference_inputs", "verify_deployment"]
 
 Outputs = Sequence[Any]
 
@@ -248,6 +248,11 @@ def _held(unit: Unit, deployment: Deployment, layer: Layer) -> npt.NDArray[np.fl
     return np.where(factor != 0, unfolded, _pruned(unit, layer))
 
 
+def reference_inputs(reference: TensorFile) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs that :func:`keep_reference` wrote, by name."""
+    return {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
+
+
 def keep_reference(path: Path, inputs: Mapping[str, npt.NDArray[Any]], names: Sequence[str], outputs: Outputs) -> None:
     """Write the inputs and the reference outputs, so that the folder can be verified later without the model."""
     tensors = {f"input/{name}": value for name, value in inputs.items()}
@@ -288,7 +293,7 @@ def verify_deployment(folder: str | Path) -> Verification:
     check_sums(deployment)
     check_nodes(deployment)
     reference = TensorFile(deployment.folder / REFERENCE)
-    inputs = {n.removeprefix("input/"): reference.read(n) for n in reference.specs if n.startswith("input/")}
+    inputs = reference_inputs(reference)
     session = open_session(deployment.model_path)
     names = [output.name for output in session.get_outputs()]
     found = run(session, inputs) if deployment.plan.chip is None else chip_outputs(deployment, inputs)
