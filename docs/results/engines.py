@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pruned_models import Pruned, PrunedModels, parser_of, repeat
+from pruned_models import Pruned, PrunedModels, draw_curves, parser_of, repeat
 from tables import HERE, command, table
 
 from rerampile.passes.pruning.engine import ENGINES
@@ -72,13 +72,9 @@ def picture(dense: float, found: Found) -> Callable[[Any], None]:
     """Return what draws accuracy over ratio."""
 
     def draw(axes: Any) -> None:
-        for engine in ENGINES:
-            points = [(ratio, pruned.accuracy) for (name, ratio), pruned in found.items() if name == engine]
-            axes.plot(*zip(*points, strict=True), "o-", label=engine)
+        curves = {e: [(r, pruned.accuracy) for (name, r), pruned in found.items() if name == e] for e in ENGINES}
+        draw_curves(axes, curves, "share of the weights that goes")
         axes.axhline(dense, color="0.4", lw=0.8, ls="--", label="dense")
-        axes.set_xlabel("share of the weights that goes")
-        axes.set_ylabel("accuracy without faults (%)")
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
 
     return draw

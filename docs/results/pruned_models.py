@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rerampile.runtime.journal import Journal
 from rerampile.runtime.monte_carlo import Bench, Experiment
 from rerampile.runtime.session import open_session
 
-__all__ = ["Pruned", "PrunedModels", "parser_of", "repeat"]
+__all__ = ["Pruned", "PrunedModels", "draw_curves", "parser_of", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,15 @@ def parser_of(description: str | None, *, ratios: str) -> argparse.ArgumentParse
         "--work", type=Path, default=Path("results.work"), help="where models and chips are kept; pages may share it"
     )
     return parser
+
+
+def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], across: str) -> None:
+    """Draw accuracy without faults over something, one line for each name."""
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
+    axes.set_xlabel(across)
+    axes.set_ylabel("accuracy without faults (%)")
+    axes.grid(alpha=0.3)
 
 
 def repeat(options: argparse.Namespace) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pruned_models import Pruned, PrunedModels, parser_of, repeat
+from pruned_models import Pruned, PrunedModels, draw_curves, parser_of, repeat
 from tables import HERE, command, table
 
 from rerampile import compile_model
@@ -91,13 +91,11 @@ def picture(found: list[Shape], options: argparse.Namespace) -> Callable[[Any], 
     """Return what draws accuracy over arrays."""
 
     def draw(axes: Any) -> None:
-        for structure in options.structures.split(","):
-            points = [(s.totals.arrays, s.accuracy) for s in found if s.structure == structure]
-            axes.plot(*zip(*points, strict=True), "o-", label=structure)
+        names = options.structures.split(",")
+        draw_curves(
+            axes, {n: [(s.totals.arrays, s.accuracy) for s in found if s.structure == n] for n in names}, "arrays"
+        )
         axes.plot(found[0].totals.arrays, found[0].accuracy, "k*", label="dense")
-        axes.set_xlabel("arrays")
-        axes.set_ylabel("accuracy without faults (%)")
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
 
     return draw
