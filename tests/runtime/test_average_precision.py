@@ -30,8 +30,12 @@ def annotations(images: int, seed: int = 0) -> dict[str, Any]:
         "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
         "annotations": [
             {
-                **{"id": k + 1, "image_id": k + 1, "category_id": 7 + 2 * (k % 2), "iscrowd": 0},
-                **{"bbox": [*map(float, box), 4.0, 4.0], "area": 16.0},
+                "id": k + 1,
+                "image_id": k + 1,
+                "category_id": 7 + 2 * (k % 2),
+                "iscrowd": 0,
+                "bbox": [*map(float, box), 4.0, 4.0],
+                "area": 16.0,
             }
             for k, box in enumerate(boxes)
         ],
