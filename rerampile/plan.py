@@ -413,8 +413,12 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         groups: The layer's groups.
         inputs: Range of inputs, in row order.
         outputs: Range of outputs, in column order.
-        input_index: The inputs, ascending, where they are no range.
+        input_index: The inputs in row order, where they are no range; ascending but where a chip was programmed.
         output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
+        input_rows: Where a chip was programmed and rows between were left free: the row of each input, counted from
+            ``row``, ascending. Of partitions of one group.
+        output_slots: Where columns between were left free: the place of each output, counted from ``column`` in outputs
+            (of ``width`` columns each), ascending. Of partitions of one group.
         replica: Number of the copy, for layers held several times for throughput.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
@@ -429,8 +433,20 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
     outputs: Range | None = None
     input_index: list[Count] | None = None
     output_index: list[Count] | None = None
+    input_rows: list[Count] | None = None
+    output_slots: list[Count] | None = None
     replica: Count = 0
     flipped: list[Count] | None = None
+
+    @property
+    def row_places(self) -> list[int]:
+        """The rows of a group's inputs, counted from its first."""
+        return list(range(self.input_count)) if self.input_rows is None else self.input_rows
+
+    @property
+    def slot_places(self) -> list[int]:
+        """The places of a group's outputs, counted from its first, in outputs."""
+        return list(range(self.output_count)) if self.output_slots is None else self.output_slots
 
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
@@ -594,12 +610,14 @@ class ChipStep(_Record, kw_only=True, frozen=True):
             ``repair`` or ``gain``.
         error: Root of the mean over layers of the squared relative errors, all layers counting alike.
         touched: Healthy cells whose target differs from the compiled one, after this step.
+        moved: Inputs and outputs of partitions that another row or other columns have been given, after this step.
         flipped: Column segments with changed roles, after this step.
     """
 
     step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
     error: float
     touched: Count
+    moved: Count
     flipped: Count
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,16 @@ from rerampile.graph import ModelGraph
 from rerampile.onnx_file import file_sha256, hash_on_disk, load_model_file
 from rerampile.passes.find_layers import find_layers
 from rerampile.plan import (
-    ArrayPlan,
     ChipLayer,
     ChipPlan,
     ChipStep,
     FileRecord,
     LayerPlan,
-    Partition,
     Plan,
     Unrepaired,
     encode_plan,
 )
+from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.compare import flat, output_error
 from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps
@@ -225,7 +224,6 @@ class _Programmed:
         touched: Healthy cells with another target, before and after each step.
         flips: Changed segments, before and after each step.
         flipped: The changed segments in the end.
-        order: Rows of the matrix in the order of segments, by the first segment of each piece where it was changed.
     """
 
     plan: LayerPlan
@@ -235,7 +233,6 @@ class _Programmed:
     touched: list[int]
     flips: list[int]
     flipped: npt.NDArray[np.int64]
-    order: Mapping[int, npt.NDArray[np.int64]]
 
 
 def program_chip(
@@ -266,10 +263,15 @@ def program_chip(
     if deployment.plan.chip is not None:
         raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
     ordered = check_steps(steps, calibration is not None)
-    injector = Injector(deployment)
-    stuck = injector.stuck(source.faults)
-    blocks = _blocks(deployment.plan)
+    stuck = placed = Injector(deployment).stuck(source.faults)
+    plan, moved = deployment.plan, 0
     moments = {} if calibration is None else calibration.moments
+    if "assign" in ordered:
+        better = assigned(
+            deployment, source.faults, moments, compensating="compensate" in ordered, flipping="flip" in ordered
+        )
+        plan, moved = better.deployment.plan, better.moved
+        placed = Injector(better.deployment).stuck(source.faults)
     specs = deployment.conductances.specs
     tensors = [(name, spec.dtype, spec.shape) for name, spec in sorted(specs.items(), key=lambda item: item[1].offset)]
     done = 0
@@ -281,7 +283,7 @@ def program_chip(
 
             def one(number: int) -> _Programmed:
                 nonlocal done
-                program = LayerProgram(deployment, number, stuck[number], moments.get(number), blocks[number])
+                program = LayerProgram(deployment, number, stuck[number], moments.get(number), placed[number])
                 for step in ordered:
                     program.step(step)
                 writer.write(program.plan.cells_tensor, program.cells)
@@ -297,7 +299,6 @@ def program_chip(
                     touched=program.touched,
                     flips=program.flips,
                     flipped=program.flipped,
-                    order=program.order,
                 )
 
             numbers = range(len(stuck))
@@ -305,7 +306,7 @@ def program_chip(
         for name in deployment.plan.files:
             if name not in (CONDUCTANCES, REFERENCE):
                 shutil.copyfile(deployment.folder / name, folder / name)
-        plan = _plan(deployment, source, layers, ("none", *ordered), calibration)
+        plan = _plan(deployment, _flipped(plan, layers), source, layers, ("none", *ordered), moved, calibration)
         conductances = writer.sha256.result()
         _finish(deployment, source, folder, plan, {CONDUCTANCES: conductances}, [layer.faults for layer in layers])
     return load_deployment(out)
@@ -335,17 +336,16 @@ def _layer_plan(deployment: Deployment, number: int, program: LayerProgram) -> L
 
 def _plan(
     deployment: Deployment,
+    placed: Plan,
     source: ChipSource,
     layers: Sequence[_Programmed],
     steps: Sequence[Any],
+    moved: int,
     calibration: Calibration | None,
 ) -> Plan:
     """Return the chip's plan, but for its files and its outputs."""
-    plan = deployment.plan
+    plan, arrays = deployment.plan, placed.arrays
     records = [layer.record for layer in layers]
-    flipped = np.sort(np.concatenate([np.zeros(0, np.int64), *(layer.flipped for layer in layers)]))
-    order = {segment: rows for layer in layers for segment, rows in layer.order.items()}
-    arrays = _programmed_arrays(plan, flipped, order)
     worst = sorted((weight for layer in layers for weight in layer.unrepaired), key=lambda weight: -weight.share)
     chip = ChipPlan(
         faults=FAULTS,
@@ -362,6 +362,7 @@ def _plan(
                 step=step,
                 error=math.sqrt(math.fsum(r.errors[n] for r in records) / len(records)),
                 touched=sum(layer.touched[n] for layer in layers),
+                moved=moved if "assign" in steps[: n + 1] else 0,
                 flipped=sum(layer.flips[n] for layer in layers),
             )
             for n, step in enumerate(steps)
@@ -385,49 +386,22 @@ def _plan(
     return msgspec.structs.replace(plan, layers=plans, arrays=arrays, totals=totals, chip=chip)
 
 
-def _segments(plan: Plan) -> Iterator[tuple[int, int, int, Partition]]:
-    """Yield array, place on it, first column segment, and partition, counted as the injector counts segments."""
+def _flipped(plan: Plan, layers: Sequence[_Programmed]) -> Plan:
+    """Return a plan with the column segments that have changed roles, counted as the injector counts them."""
+    flipped = np.sort(np.concatenate([np.zeros(0, np.int64), *(layer.flipped for layer in layers)]))
+    partitions = [list(array.partitions) for array in plan.arrays]
     segment = 0
     for array in plan.arrays:
         if array.twin is not None and array.twin < array.id:
             continue
         for place, partition in enumerate(array.partitions):
-            yield array.id, place, segment, partition
-            segment += (partition.groups[1] - partition.groups[0]) * partition.output_count
-
-
-def _blocks(plan: Plan) -> list[list[tuple[int, npt.NDArray[np.int64]]]]:
-    """Return, by layer, first segment and rows of the pieces whose outputs can change places: those of one group."""
-    found: list[list[tuple[int, npt.NDArray[np.int64]]]] = [[] for _ in plan.layers]
-    for _, _, segment, partition in _segments(plan):
-        first, last = partition.groups
-        if last - first == 1 and partition.output_count > 1:
-            rows = np.array(partition.output_indices) + first * plan.layers[partition.layer].outputs
-            found[partition.layer].append((segment, rows))
-    return found
-
-
-def _programmed_arrays(
-    plan: Plan, flipped: npt.NDArray[np.int64], order: Mapping[int, npt.NDArray[np.int64]]
-) -> list[ArrayPlan]:
-    """Return the arrays of a plan with the outputs that changed places, and the segments that changed roles."""
-    partitions = [list(array.partitions) for array in plan.arrays]
-    for array, place, segment, partition in _segments(plan):
-        count = (partition.groups[1] - partition.groups[0]) * partition.output_count
-        first, last = np.searchsorted(flipped, [segment, segment + count])
-        changes: dict[str, Any] = {}
-        if last > first:
-            changes["flipped"] = (flipped[first:last] - segment).tolist()
-        if segment in order:
-            outputs = order[segment] - partition.groups[0] * plan.layers[partition.layer].outputs
-            changes |= {"outputs": None, "output_index": outputs.tolist()}
-        partitions[array][place] = msgspec.structs.replace(partition, **changes)
-    return [
-        msgspec.structs.replace(
-            array, partitions=partitions[array.id if array.twin is None else min(array.id, array.twin)]
-        )
-        for array in plan.arrays
-    ]
+            count = (partition.groups[1] - partition.groups[0]) * partition.output_count
+            first, last = np.searchsorted(flipped, [segment, segment + count])
+            if last > first:
+                changed = msgspec.structs.replace(partition, flipped=(flipped[first:last] - segment).tolist())
+                partitions[array.id][place] = changed
+            segment += count
+    return with_partitions(plan, partitions)
 
 
 def _finish(

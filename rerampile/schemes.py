@@ -176,6 +176,11 @@ class Coding:
         unit = 1.0 if self.integer else (self.levels - 1) / self.steps
         return tuple(unit * self.levels**k for k in range(self.slices))
 
+    @cached_property
+    def signs(self) -> npt.NDArray[np.float64]:
+        """What a unit of each cell adds to a difference: its significance, negative for minus, [slices, cells]."""
+        return np.array(self.significances)[:, None] * np.array([1.0, -1.0])[: self.cells]
+
     def gain(self, full_scale: Array) -> Floats:
         """Return the gain, float32 [outputs]: weight units a unit of difference, zero scales read as one.
 

@@ -19,7 +19,7 @@ _LISTED = 10
 _WORDS = {
     "none": "as compiled",
     "compensate": "pairs compensated",
-    "assign": "outputs in other columns",
+    "assign": "better rows and columns",
     "flip": "column segments flipped",
     "repair": "healthy weights moved",
     "gain": "gains adjusted",
@@ -42,9 +42,11 @@ def show_chip(
         folder: Where its deployment is, or None where that is known.
         requirements: Text, what was found, and whether it holds.
     """
-    steps = new_table(("step", "left"), ("error", "right"), ("cells touched", "right"), ("segments flipped", "right"))
+    heads: tuple[str, ...] = ("error", "cells touched", "lines moved", "segments flipped")
+    steps = new_table(("step", "left"), *((head, "right") for head in heads))
     for step in chip.steps:
-        steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", f"{step.touched:,}", f"{step.flipped:,}")
+        counts = (f"{count:,}" for count in (step.touched, step.moved, step.flipped))
+        steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", *counts)
     heads = ("output", "input", "weight", "read")
     worst = new_table(("stays wrong", "left"), *((head, "right") for head in heads))
     for weight in chip.unrepaired[:_LISTED]:

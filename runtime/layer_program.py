@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ChipLayer, Unrepaired
@@ -39,16 +37,13 @@ class LayerProgram:
         deployment: The compiled deployment.
         number: Position of the layer in the plan.
         stuck: The chip's stuck cells that matter to it.
-        blocks: First column segment, and rows of the matrix in the order of segments, of each of its pieces whose
-            outputs may change places.
         moments: Mean of x x^T of its inputs, float32 [groups, inputs, inputs]; None where it is not known.
+        placed: The chip's stuck cells that matter once its inputs and outputs have other places.
 
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
             are.
         gain: float32 [groups * outputs].
-        order: By the first column segment of a piece, the rows of the matrix in the order of its segments, where
-            that was changed.
         flipped: int64, the column segments with changed roles, ascending.
         errors: Energy of the errors before and after each step so far, as a share of ``energy``.
         touched: Healthy cells with another target than compiled, before and after each step so far.
@@ -61,7 +56,7 @@ class LayerProgram:
         number: int,
         stuck: StuckCells,
         moments: Floats | None,
-        blocks: Sequence[tuple[int, Integers]] = (),
+        placed: StuckCells | None = None,
     ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
         self._coding = layer_coding(deployment.target, self.plan)
@@ -72,8 +67,7 @@ class LayerProgram:
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
         self._set(self._hit.as_stuck(self._coding, self._at_hit(self._compiled)))
-        self._blocks = blocks
-        self.order: dict[int, Integers] = {}
+        self._placed = stuck if placed is None else placed
         self.flipped = np.zeros(0, np.int64)
         self.energy = float(output_energies(self._shaped(self._wanted), moments).sum())
         self._compensating = False
@@ -84,7 +78,7 @@ class LayerProgram:
 
     def step(self, name: str) -> None:
         """Take a step, and note what it leaves."""
-        if len(self._stuck.part):
+        if len(self._stuck.part) or len(self._placed.part):
             steps = (self._compensate, self._assign, self._flip, self._repair, self._adjust)
             dict(zip(STEPS, steps, strict=True))[name]()
         self._note()
@@ -147,38 +141,10 @@ class LayerProgram:
         self._set(self._aimed(self._turned()))
 
     def _assign(self) -> None:
-        """Let outputs of each piece change places where that leaves less error, best of all orders of its columns."""
-        row_of = self._stuck.position // self.plan.inputs
-        for first, rows in self._blocks:
-            costs = self._assignment_costs(first, rows)
-            outputs, slots = linear_sum_assignment(costs)
-            if costs[outputs, slots].sum() >= costs.trace():
-                continue
-            order = rows.copy()
-            order[slots] = rows[outputs]
-            self.order[first] = order
-            mine = (self._stuck.segment >= first) & (self._stuck.segment < first + len(rows))
-            row_of[mine] = order[self._stuck.segment[mine] - first]
-        position = row_of * self.plan.inputs + self._stuck.position % self.plan.inputs
-        self._stuck = StuckCells(**{**vars(self._stuck), "position": position})
+        """Move inputs and outputs to their other places, where other cells are stuck."""
+        self._stuck = self._placed
         self._hit, self.cells = HitWeights.of(self._coding, self._stuck), self._compiled
         self._set(self._aimed(self._turned()))
-
-    def _assignment_costs(self, first: int, rows: Integers) -> Doubles:
-        """Return the energy of each output of a piece, by the column segment that it would be on, [outputs, slots]."""
-        hit, inputs = self._hit, self.plan.inputs
-        chosen = np.flatnonzero((hit.segment >= first) & (hit.segment < first + len(rows)))
-        input_ = np.tile(hit.index[chosen] % inputs, len(rows))
-        row = np.repeat(rows, len(chosen))
-        sites = HitWeights(
-            index=row * inputs + input_,
-            segment=np.tile(hit.segment[chosen], len(rows)),
-            stuck=np.tile(hit.stuck[:, :, chosen], len(rows)),
-            worth=np.tile(hit.worth[:, :, chosen], len(rows)),
-        )
-        key = np.repeat(np.arange(len(rows)), len(chosen)) * len(rows) + sites.segment - first
-        straight, changed = self._energies(sites, key, len(rows) ** 2)
-        return np.minimum(straight, changed).reshape(len(rows), len(rows))
 
     def _energies(self, hit: HitWeights, key: Integers, count: int) -> tuple[Doubles, Doubles]:
         """Return energies of errors, summed by keys below ``count``: with roles as they are, and changed."""

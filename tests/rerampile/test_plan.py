@@ -197,7 +197,7 @@ MISPLACED: dict[str, tuple[Change, str]] = {
     "beyond the matrix": (both(inputs=[100, 129], input_index=None), "expected some of 0 to "),
     "neither range nor list": (both(inputs=None, input_index=None), "expected either 'inputs' or 'input_index'"),
     "both range and list": (both(inputs=[0, 2], input_index=[0, 1]), "expected either 'inputs' or 'input_index'"),
-    "listed twice": (both(inputs=None, input_index=[1, 1, 2]), "$.arrays[0]: input_index is not ascending"),
+    "listed twice": (both(inputs=None, input_index=[1, 1, 2]), "$.arrays[0]: input_index lists one twice"),
     "roles": (set_to("arrays", 0, "roles", value=["minus"]), "$.arrays[0]: roles"),
     "no roles": (set_to("arrays", 0, "roles", value=[]), "$.arrays[0]: "),
     "slices": (set_to("arrays", 0, "slices", value=[0]), "$.arrays[0]: roles"),
