@@ -606,15 +606,15 @@ class ChipStep(_Record, kw_only=True, frozen=True):
     """What one step of programming left of the errors of a chip.
 
     Attributes:
-        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``,
-            ``repair`` or ``gain``.
+        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``, ``repair``,
+            ``gain`` or ``bias``.
         error: Root of the mean over layers of the squared relative errors, all layers counting alike.
         touched: Healthy cells whose target differs from the compiled one, after this step.
         moved: Inputs and outputs of partitions that another row or other columns have been given, after this step.
         flipped: Column segments with changed roles, after this step.
     """
 
-    step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
+    step: Literal["none", "compensate", "assign", "flip", "repair", "gain", "bias"]
     error: float
     touched: Count
     moved: Count
@@ -633,6 +633,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
         measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
         energy: That of the compiled weights.
         errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``.
+        bias: Initializer of ``deployed.onnx`` whose values step ``bias`` has shifted; null where none.
+        shift: What was added to it, for each output; empty where there is none.
     """
 
     stuck: Count
@@ -642,6 +644,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
     measure: Literal["moments", "plain"]
     energy: float
     errors: list[float]
+    bias: str | None
+    shift: list[float]
 
 
 class Unrepaired(_Record, kw_only=True, frozen=True):

@@ -16,8 +16,8 @@ from rerampile.interruption import cleaned_up
 from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
+    from rerampile.chip_calibration import Calibration
     from rerampile.deployment import Deployment
-    from rerampile.programmer import Calibration
 
 __all__ = ["program"]
 
@@ -43,7 +43,7 @@ _IMAGES = 256
 @click.option(
     "--steps",
     metavar="NAME,...",
-    help="Some of compensate, assign, flip, repair, gain.  [default: all; without --calibration all but repair]",
+    help="Some of compensate, assign, flip, repair, gain, bias.  [default: all; repair and bias need --calibration]",
 )
 @optional_calibration_options
 @click.option(
@@ -74,13 +74,13 @@ def program(
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
-    from rerampile.runtime.layer_program import STEPS
+    from rerampile.runtime.layer_program import CALIBRATED, STEPS
     from rerampile.show_program import show_chip
     from rerampile.terminal import console
 
     requirements = [ChipRequirement.parse(text) for text in required]
     calibrated = data["data"] is not None
-    wanted = [step for step in STEPS if calibrated or step != "repair"] if steps is None else steps.split(",")
+    wanted = [step for step in STEPS if calibrated or step not in CALIBRATED] if steps is None else steps.split(",")
     ordered = check_steps(wanted, calibrated)
     deployment = load_deployment(folder)
     deployment.require_outside(out)
@@ -111,7 +111,7 @@ def program(
 
 def _calibration(deployment: Deployment, data: dict[str, Any], quiet: bool) -> Calibration:
     """Run the calibration images that the options name."""
-    from rerampile.programmer import calibrate
+    from rerampile.chip_calibration import calibrate
 
     count = data["images"] or _IMAGES
     images = open_calibration(deployment.model_path, data, count)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from rerampile.background import side_by_side
 from rerampile.checks import weight_bytes
+from rerampile.chip_calibration import Calibration
 from rerampile.compiler import written_whole
 from rerampile.deployment import Deployment, layer_coding, load_deployment
+from rerampile.digital_bias import shifted_model
 from rerampile.errors import ConfigError, InternalError
-from rerampile.files import CONDUCTANCES, FAULTS, PLAN, REFERENCE
-from rerampile.graph import ModelGraph
-from rerampile.onnx_file import file_sha256, hash_on_disk, load_model_file
-from rerampile.passes.find_layers import find_layers
+from rerampile.files import CONDUCTANCES, DEPLOYED, FAULTS, PLAN, REFERENCE
+from rerampile.onnx_file import file_sha256, hash_on_disk
 from rerampile.plan import (
     ChipLayer,
     ChipPlan,
@@ -36,77 +36,20 @@ from rerampile.plan import (
 )
 from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.compare import flat, output_error
-from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.inject import Injector, LayerFaults
-from rerampile.runtime.layer_program import LISTED, STEPS, LayerProgram
-from rerampile.runtime.plain_model import plain_model
+from rerampile.runtime.layer_program import CALIBRATED, LISTED, STEPS, LayerProgram
 from rerampile.runtime.programmed_chip import outputs_with
-from rerampile.runtime.second_moments import second_moments
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.verify import keep_reference, reference_inputs
 from rerampile.schemes import row_chunks
 from rerampile.tensor_file import TensorFile, TensorWriter
 from rerampile.totals import totals_of, weights_without_cells
 
-__all__ = ["Calibration", "ChipRequirement", "ChipSource", "calibrate", "check_steps", "chip_sources", "program_chip"]
-
-_CALIBRATED = ("repair",)  # steps that need to know what layers see
+__all__ = ["ChipRequirement", "ChipSource", "check_steps", "chip_sources", "program_chip"]
 
 Outputs = Sequence[Any]
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What layers see on calibration images.
-
-    Attributes:
-        name: The data.
-        images: How many images.
-        moments: By position of the layer in the plan: mean of x x^T, float32 [groups, inputs, inputs].
-    """
-
-    name: str
-    images: int
-    moments: Mapping[int, Floats]
-
-
-def calibrate(
-    deployment: Deployment, data: Dataset, images: int, progress: Callable[[int, int], None] | None = None
-) -> Calibration:
-    """Run calibration images through a deployed model without faults; layers that cannot be observed are left out.
-
-    Args:
-        deployment: The deployment.
-        data: Images; targets are not needed.
-        images: How many of them to use at most.
-        progress: Called with (images done, all images).
-    """
-    plain = plain_model(deployment)
-    for tensor in plain.proto.graph.initializer:
-        if tensor.name in plain.weights:
-            mapped = deployment.plan.layers[plain.weights.index(tensor.name)]
-            weights = np.ascontiguousarray(mapped.view.tensor(deployment.weights(mapped)), "<f4")
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            tensor.raw_data = weights.tobytes()
-    graph = ModelGraph(load_model_file(plain.proto))
-    numbers = {name: number for number, name in enumerate(plain.weights)}
-    layers = [layer for layer in find_layers(graph)[0] if layer.name in numbers]
-    chosen = spread(len(data), min(images, len(data)))
-    found, _ = second_moments(graph, layers, data, chosen, progress=progress)
-    means: dict[int, Floats] = {}  # by identity: layers that see the same share one result
-    moments = {}
-    for layer in layers:
-        plan = deployment.plan.layers[numbers[layer.name]]
-        seen = found.get(layer.name)
-        if seen is None or seen.moment.shape != (plan.groups, plan.inputs, plan.inputs) or not seen.count:
-            continue
-        if id(seen) not in means:
-            means[id(seen)] = (seen.moment / seen.count).astype(np.float32)
-        moments[numbers[layer.name]] = means[id(seen)]
-    return Calibration(name=data.name, images=len(chosen), moments=moments)
 
 
 @dataclass(frozen=True)
@@ -164,7 +107,7 @@ def check_steps(steps: Sequence[str], calibrated: bool) -> tuple[str, ...]:
     for step in steps:
         if step not in STEPS:
             raise ConfigError(f"--steps: no step '{step}', expected some of {', '.join(STEPS)}")
-        if step in _CALIBRATED and not calibrated:
+        if step in CALIBRATED and not calibrated:
             raise ConfigError(f"--steps: '{step}' has to know what layers see; name images with --calibration")
     return tuple(step for step in STEPS if step in steps)
 
@@ -265,7 +208,7 @@ def program_chip(
     ordered = check_steps(steps, calibration is not None)
     stuck = placed = Injector(deployment).stuck(source.faults)
     plan, moved = deployment.plan, 0
-    moments = {} if calibration is None else calibration.moments
+    moments, biases = ({}, {}) if calibration is None else (calibration.moments, calibration.biases)
     if "assign" in ordered:
         better = assigned(
             deployment, source.faults, moments, compensating="compensate" in ordered, flipping="flip" in ordered
@@ -283,7 +226,9 @@ def program_chip(
 
             def one(number: int) -> _Programmed:
                 nonlocal done
-                program = LayerProgram(deployment, number, stuck[number], moments.get(number), placed[number])
+                bias = biases.get(number)
+                mean = None if bias is None else bias.mean
+                program = LayerProgram(deployment, number, stuck[number], moments.get(number), placed[number], mean)
                 for step in ordered:
                     program.step(step)
                 writer.write(program.plan.cells_tensor, program.cells)
@@ -294,7 +239,7 @@ def program_chip(
                 return _Programmed(
                     plan=_layer_plan(deployment, number, program),
                     faults=program.faults,
-                    record=program.record(),
+                    record=program.record() if bias is None else program.record(bias.name, bias.scale),
                     unrepaired=program.unrepaired(),
                     touched=program.touched,
                     flips=program.flips,
@@ -306,6 +251,9 @@ def program_chip(
         for name in deployment.plan.files:
             if name not in (CONDUCTANCES, REFERENCE):
                 shutil.copyfile(deployment.folder / name, folder / name)
+        shifts = {r.bias: np.array(r.shift) for r in (layer.record for layer in layers) if r.bias is not None}
+        if shifts:
+            (folder / DEPLOYED).write_bytes(shifted_model(deployment.model_path, shifts))
         plan = _plan(deployment, _flipped(plan, layers), source, layers, ("none", *ordered), moved, calibration)
         conductances = writer.sha256.result()
         _finish(deployment, source, folder, plan, {CONDUCTANCES: conductances}, [layer.faults for layer in layers])

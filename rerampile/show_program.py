@@ -23,6 +23,7 @@ _WORDS = {
     "flip": "column segments flipped",
     "repair": "healthy weights moved",
     "gain": "gains adjusted",
+    "bias": "biases shifted",
 }
 
 
@@ -63,6 +64,9 @@ def show_chip(
         ("worst layer", f"{layer}, off by {100 * share:.3g} %"),
         ("outputs", f"off by {after} on the verification's inputs, {before} before"),
     ]
+    if shifted := [layer.shift for layer in chip.layers if layer.bias is not None]:
+        count = sum(1 for shift in shifted for value in shift if value)
+        facts.append(("biases", f"{count:,} outputs of {len(shifted):,} layers shifted"))
     if chip.calibration is not None:
         facts.append(("calibration", f"{printable(chip.calibration)}, {chip.calibration_images:,} images"))
     facts += [("met" if met else "NOT met", f"{printable(text)}: {found:.4g}") for text, found, met in requirements]

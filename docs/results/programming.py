@@ -22,7 +22,8 @@ import numpy as np
 from tables import HERE, command, shown_model, table
 
 from rerampile import Deployment, compile_model
-from rerampile.programmer import Calibration, ChipSource, calibrate, program_chip
+from rerampile.chip_calibration import Calibration, calibrate
+from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.data import open_dataset, training_split
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults

@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rerampile import Deployment, PlanFormatError, Target, compile_model, load_deployment, verify_deployment
+from rerampile.chip_calibration import calibrate
 from rerampile.cli import main
 from rerampile.deployment import layer_coding
 from rerampile.plan import FileRecord, encode_plan, read_plan
-from rerampile.programmer import ChipSource, calibrate, program_chip
+from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.data import open_dataset
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
