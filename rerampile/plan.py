@@ -658,6 +658,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
         wanted: The weight that was compiled.
         found: What the chip reads.
         share: Its squared error by the layer's measure (without cross terms), as a share of the layer's energy.
+        array: The array of its stuck cell; of the first, where several are stuck.
+        row: The cell's row there.
+        column: Its column.
     """
 
     layer: Count
@@ -666,6 +669,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
     wanted: float
     found: float
     share: float
+    array: Count
+    row: Count
+    column: Count
 
 
 class ChipPlan(_Record, kw_only=True, frozen=True):
@@ -676,7 +682,8 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
         source: Name of the fault map that was given.
         source_sha256: Hash of that file.
         number: Number of the chip in it.
-        compiled_sha256: ``plan_sha256`` of the deployment that was programmed.
+        compiled: Name of the folder of the deployment that was programmed.
+        compiled_sha256: Its ``plan_sha256``.
         stuck_off: Stuck-off cells of all arrays.
         stuck_on: Stuck-on cells of all arrays.
         calibration: Name of the calibration data; null where there were none.
@@ -695,6 +702,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     source: str
     source_sha256: Sha256
     number: Count
+    compiled: str
     compiled_sha256: Sha256
     stuck_off: Count
     stuck_on: Count

@@ -18,6 +18,7 @@ from rerampile.prune_command import open_calibration
 if TYPE_CHECKING:
     from rerampile.chip_calibration import Calibration
     from rerampile.deployment import Deployment
+    from rerampile.plan import ChipPlan
 
 __all__ = ["program"]
 
@@ -75,7 +76,7 @@ def program(
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
     from rerampile.runtime.layer_program import CALIBRATED, STEPS
-    from rerampile.show_program import show_chip
+    from rerampile.show_program import show_bins, show_chip
     from rerampile.terminal import console
 
     requirements = [ChipRequirement.parse(text) for text in required]
@@ -88,7 +89,8 @@ def program(
     for _, place in sources:
         check_replaceable(place)
     calibration = _calibration(deployment, data, quiet) if calibrated else None
-    records, unmet = [], False
+    records: list[dict[str, Any]] = []
+    bins: list[tuple[str, ChipPlan, bool | None]] = []
     for source, place in sources:
         with cleaned_up(), _progress(quiet, place.name) as progress:
             chip = program_chip(
@@ -97,7 +99,7 @@ def program(
         if chip is None:
             continue
         results = [(requirement.text, *requirement.check(chip)) for requirement in requirements]
-        unmet = unmet or not all(met for _, _, met in results)
+        bins.append((place.name, chip, all(met for _, _, met in results) if results else None))
         if as_json:
             verdicts = [{"text": text, "found": found, "met": met} for text, found, met in results]
             records.append({"folder": str(place), "chip": msgspec.to_builtins(chip), "requirements": verdicts})
@@ -105,7 +107,9 @@ def program(
             show_chip(console(), deployment.plan.layers, chip, place, results)
     if as_json:
         print_json({"chips": records})
-    if unmet:
+    elif len(bins) > 1:
+        show_bins(console(), bins)
+    if any(met is False for _, _, met in bins):
         ctx.exit(_UNMET)
 
 

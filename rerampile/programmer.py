@@ -300,6 +300,7 @@ def _plan(
         source=source.path.name,
         source_sha256=file_sha256(source.path),
         number=source.number,
+        compiled=deployment.folder.resolve().name,
         compiled_sha256=plan.plan_sha256,
         stuck_off=source.faults.stuck_off,
         stuck_on=source.faults.stuck_on,

@@ -179,7 +179,8 @@ class Coding:
     @cached_property
     def signs(self) -> npt.NDArray[np.float64]:
         """What a unit of each cell adds to a difference: its significance, negative for minus, [slices, cells]."""
-        return np.array(self.significances)[:, None] * np.array([1.0, -1.0])[: self.cells]
+        signs: npt.NDArray[np.float64] = np.outer(self.significances, [1.0, -1.0][: self.cells])
+        return signs
 
     def gain(self, full_scale: Array) -> Floats:
         """Return the gain, float32 [outputs]: weight units a unit of difference, zero scales read as one.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rerampile.plan import ChipPlan, LayerPlan
 from rerampile.terminal import facts_table, new_table, print_parts, printable
 
-__all__ = ["show_chip"]
+__all__ = ["show_bins", "show_chip"]
 
 _LISTED = 10
 
@@ -48,11 +48,13 @@ def show_chip(
     for step in chip.steps:
         counts = (f"{count:,}" for count in (step.touched, step.moved, step.flipped))
         steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", *counts)
-    heads = ("output", "input", "weight", "read")
+    heads = ("output", "input", "weight", "read", "array", "row", "column")
     worst = new_table(("stays wrong", "left"), *((head, "right") for head in heads))
     for weight in chip.unrepaired[:_LISTED]:
         name = printable(layers[weight.layer].name) if weight.layer < len(layers) else f"layer {weight.layer}"
-        worst.add_row(name, str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}")
+        place = (str(number) for number in (weight.array, weight.row, weight.column))
+        matrix = str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}"
+        worst.add_row(name, *matrix, *place)
     number = max(range(len(chip.layers)), key=lambda n: chip.layers[n].errors[-1])
     hit = sum(layer.weights for layer in chip.layers)
     layer, share = printable(layers[number].name), math.sqrt(chip.layers[number].errors[-1])
@@ -73,6 +75,22 @@ def show_chip(
     if folder is not None:
         facts.append(("folder", printable(shlex.quote(str(folder)))))
     print_parts(out, steps, worst if chip.unrepaired else None, facts_table(facts))
+
+
+def show_bins(out: Console, chips: Sequence[tuple[str, ChipPlan, bool | None]]) -> None:
+    """Print several chips in a table, the best first.
+
+    Args:
+        out: Where to.
+        chips: Name, chip, and whether it meets what was required; None where nothing was.
+    """
+    heads = ("error", "stay wrong", "outputs", "verdict")
+    table = new_table(("chip", "left"), *((head, "right") for head in heads))
+    for name, chip, met in sorted(chips, key=lambda item: item[1].steps[-1].error):
+        verdict = "" if met is None else "met" if met else "NOT met"
+        row = f"{100 * chip.steps[-1].error:.3g} %", f"{chip.unrepaired_total:,}", _percent(chip.output_error)
+        table.add_row(printable(name), *row, verdict)
+    print_parts(out, table)
 
 
 def _percent(share: float | None) -> str:

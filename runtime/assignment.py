@@ -73,13 +73,11 @@ def assigned(
         pieces[room.partition.layer].append(room)
 
     def one(number: int) -> list[tuple[_Room, Partition, int]]:
-        layer = _Layer.of(deployment, number, moments.get(number), compensating, flipping) if pieces[number] else None
-        found = []
-        for room in pieces[number] if layer is not None else ():
-            sites = _Sites.of(deployment, room, layer.coding, faults)
-            if len(sites.row):
-                found.append((room, *layer.place(room, sites)))
-        return found
+        if not pieces[number]:
+            return []
+        layer = _Layer.of(deployment, number, moments.get(number), compensating, flipping)
+        sites = [(room, _Sites.of(deployment, room, layer.coding, faults)) for room in pieces[number]]
+        return [(room, *layer.place(room, stuck)) for room, stuck in sites if len(stuck.row)]
 
     partitions = [list(array.partitions) for array in plan.arrays]
     moved = 0
@@ -181,6 +179,7 @@ class _Sites:
             part=np.concatenate(part),
             segment=none,
             conductance=np.concatenate(conductance),
+            cell=none,
         )
         hit = HitWeights.of(coding, cells)
         row, slot = np.divmod(hit.index, room.slots)

@@ -117,6 +117,7 @@ class StuckCells:
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
         conductance: What it is stuck at, siemens.
+        cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
     """
 
     layer: Integers
@@ -126,6 +127,7 @@ class StuckCells:
     part: Integers
     segment: Integers
     conductance: Floats
+    cell: Integers
 
     def take(self, which: Integers | slice) -> StuckCells:
         """Return some of them."""
@@ -216,6 +218,7 @@ class _Places:
             part=self.column_part[column],
             segment=self.column_segment[column],
             conductance=fault_map.conductance[matters],
+            cell=fault_map.cell[matters],
         )
 
 

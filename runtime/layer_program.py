@@ -10,6 +10,7 @@ import numpy.typing as npt
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
+from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 
@@ -65,7 +66,7 @@ class LayerProgram:
         mean: Floats | None = None,
     ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
-        self._coding = layer_coding(deployment.target, self.plan)
+        self._coding, self._geometry = layer_coding(deployment.target, self.plan), ChipGeometry.of(deployment)
         self._compiled = deployment.cells(self.plan)
         self.gain = self._compiled_gain = deployment.gain(self.plan)
         self._wanted = self._coding.decode(self._compiled, self.gain)
@@ -124,7 +125,8 @@ class LayerProgram:
     def _means(self, errors: Floats) -> Doubles:
         """Return the mean that errors add to each output, [groups * outputs]."""
         mean = np.zeros((self.plan.groups, self.plan.inputs), np.float32) if self._mean is None else self._mean
-        return np.einsum("goi,gi->go", self._shaped(errors), mean, dtype=np.float64).reshape(-1)
+        means: Doubles = np.einsum("goi,gi->go", self._shaped(errors), mean, dtype=np.float64)
+        return means.reshape(-1)
 
     def _shaped(self, matrix: npt.NDArray[_Kind]) -> npt.NDArray[_Kind]:
         """Return a matrix [groups * outputs, inputs] as [groups, outputs, inputs]."""
@@ -273,6 +275,8 @@ class LayerProgram:
         if self._moments is not None:
             share *= self._moments[row // self.plan.outputs, input_, input_]
         share /= self.energy or 1.0
+        position, first = np.unique(self._stuck.position, return_index=True)
+        array, line, column = self._geometry.locate(self._stuck.cell[first[np.searchsorted(position, index)]])
         worst = np.argsort(-share, kind="stable")[:LISTED].tolist()
         wanted = self._wanted.reshape(-1)[index]
         return [
@@ -283,6 +287,9 @@ class LayerProgram:
                 wanted=float(wanted[i]),
                 found=float(wanted[i] + error[i]),
                 share=float(share[i]),
+                array=int(array[i]),
+                row=int(line[i]),
+                column=int(column[i]),
             )
             for i in worst
         ]
