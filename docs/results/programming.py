@@ -69,7 +69,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def identity(options: argparse.Namespace) -> dict[str, Any]:
     """Return what figures depend on, but for the rate and the number of the chip."""
-    return {"data": options.shown_data, "images": options.images, "calibration_images": options.calibration_images}
+    return {
+        "data": options.shown_data,
+        "images": options.images,
+        "calibration_images": options.calibration_images,
+        "steps": list(STEPS),
+    }
 
 
 class Kept:
@@ -166,12 +171,12 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         *table(heads, [row(figures, v, options) for v in VARIANTS]),
         "",
-        "What `rerampile program` predicts: mean error of the layers in percent, and the weights that faults hit and that",
-        "stay wrong. Lines that learn from images weigh errors by what layers see, the others do not.",
+        "What `rerampile program` predicts: mean error of the layers in percent, and in brackets the weights that",
+        "faults hit and that stay wrong. Lines that learn from images weigh errors by what layers see.",
         "",
         *table(heads, [predicted(figures, v, options) for v in VARIANTS][1:]),
         "",
-        "Median seconds that a chip takes from fault map to verified folder; in brackets those of all processors together.",
+        "Median seconds that a chip takes from fault map to verified folder, in brackets those of all processors.",
         "The calibration is done once for any number of chips, and not counted.",
         "",
         *table(heads, [times(figures, v, options) for v in VARIANTS][1:]),
