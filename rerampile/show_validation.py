@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from rerampile.runtime.comparison import ComparisonReport, Known
@@ -18,7 +19,7 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
     """Print a validation: a table of failure rates for each metric, what was required, where the report is."""
     for name, clean in report.clean.items():
         rows = new_table(
-            (f"{name}, {clean:.2f} % clean", "left"),
+            (f"{name}, {clean:.2f} % clean" if report.drop_known else name, "left"),
             *((head, "right") for head in ("mean", "± 95 %", "drop", "± 95 %", "deviation", "worst", "chips")),
         )
         for rate in report.rates:
@@ -27,7 +28,7 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
                 "measured chips" if rate.rate is None else f"{rate.rate:.6g}",
                 f"{found.mean:.2f}",
                 _half_width(found.interval),
-                f"{found.drop:.2f}",
+                f"{found.drop:.2f}" if report.drop_known else "unknown",
                 _half_width(found.drop_interval),
                 "" if found.deviation is None else f"{found.deviation:.2f}",
                 f"{found.worst:.2f}",
@@ -44,6 +45,7 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
         ),
         ("stuck", stuck_text(report)),
         *([("not finite", f"{lost:,} images with an output that is no number")] if lost else []),
+        *([] if isinstance(report.clean_of, msgspec.UnsetType) else [("clean", report.clean_of.text)]),
         ("ran", f"{report.precision}, {report.execution}"),
         *([] if report.int8 is None else [("int8", int8_text(report))]),
         *(("required", f"{r.text}: {r.found:.2f}, {'met' if r.met else 'not met'}") for r in report.requirements),

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.checks import check_placement
-from rerampile.deployment import Deployment, flipped_outputs, layer_coding
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding, lines
 from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
 
-__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "column_parts"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -117,6 +117,7 @@ class StuckCells:
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
         conductance: What it is stuck at, siemens.
+        cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
     """
 
     layer: Integers
@@ -126,6 +127,7 @@ class StuckCells:
     part: Integers
     segment: Integers
     conductance: Floats
+    cell: Integers
 
     def take(self, which: Integers | slice) -> StuckCells:
         """Return some of them."""
@@ -173,14 +175,14 @@ class _Places:
             first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
             for partition in array.partitions:
                 layer = plan.layers[partition.layer]
-                height, width = _extent(partition, array)
+                height, width = lines(partition, len(array.slices) * len(array.roles))
                 first = len(block_layer)
                 block_layer += [partition.layer] * (partition.groups[1] - partition.groups[0])
                 group, input_ = _numbered(partition, partition.input_indices)
                 rows[:, array.id, height] = group - partition.groups[0] + first, group, input_
                 group, output = _numbered(partition, partition.output_indices)
                 start = (group * layer.outputs + output) * layer.inputs
-                part = _parts(array, layer)
+                part = column_parts(array, layer)
                 columns[:, array.id, width] = np.repeat([group - partition.groups[0] + first, start], len(part), axis=1)
                 flips = np.repeat(flipped_outputs(partition), len(part))
                 parts[array.id, width] = np.tile(part, len(output)) ^ flips
@@ -216,14 +218,8 @@ class _Places:
             part=self.column_part[column],
             segment=self.column_segment[column],
             conductance=fault_map.conductance[matters],
+            cell=fault_map.cell[matters],
         )
-
-
-def _extent(partition: Partition, array: ArrayPlan) -> tuple[slice, slice]:
-    """Return the rows and the columns that a partition spans on its array."""
-    groups, width = partition.groups[1] - partition.groups[0], len(array.slices) * len(array.roles)
-    rows, columns = groups * partition.input_count, groups * partition.output_count * width
-    return slice(partition.row, partition.row + rows), slice(partition.column, partition.column + columns)
 
 
 def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integers]:
@@ -232,7 +228,7 @@ def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integ
     return np.repeat(groups, len(indices)), np.tile(np.array(indices), len(groups))
 
 
-def _parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
+def column_parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
     """Return slice * cells + role of each column of one output."""
     cells = [0 if role == "plus" else 1 for role in array.roles]
     return np.array([k * layer.cells + cell for k in array.slices for cell in cells])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from rerampile.checks import check_checksums
-from rerampile.deployment import load_deployment
+from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError
 from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
@@ -37,7 +37,7 @@ from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
-from rerampile.runtime.programmed_chip import chip_faults
+from rerampile.runtime.programmed_chip import chip_faults, compiled_deployment
 from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_declared, release_memory
@@ -177,6 +177,7 @@ class Bench:
         self.deployment = load_deployment(experiment.folder)
         if learned is None:
             check_checksums(self.deployment)
+        self.compiled = compiled_deployment(self.deployment)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)
@@ -260,10 +261,12 @@ class Bench:
             more = "" if given else "; name other data with --calibration"
             raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
 
-    def _open_executor(self, precision: Precision, layout: BlockedModel | None = None) -> Executor:
+    def _open_executor(
+        self, precision: Precision, layout: BlockedModel | None = None, deployment: Deployment | None = None
+    ) -> Executor:
         inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
         return open_executor(
-            self.deployment,
+            self.deployment if deployment is None else deployment,
             precision=precision,
             provider=self.experiment.provider,
             calibration=inputs,
@@ -272,17 +275,23 @@ class Bench:
 
     def clean_in_fp32(self) -> dict[str, float]:
         """Return the metrics of the fault-free deployment on all images in fp32, whatever chips run in."""
-        return self._score(self.images, self._open_executor("fp32")).values
+        return self._score(self.images, self._open_executor("fp32", deployment=self.compiled)).values
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
             raise ConfigError(f"--images-per-run {count}: expected 1 to {len(self.images)}, the images that are used")
 
     def _learn(self) -> MetricResult:
-        """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
-        scored = self.metric.fresh()
+        """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first.
+
+        Of a programmed chip that is the deployment that was compiled; where that is not there, the chip as far as its
+        cells can hold what they are stuck at.
+        """
+        executor, scored = self.executor, self.metric.fresh()
+        if self.compiled is not None:
+            executor = self._open_executor(self.experiment.precision, deployment=self.compiled)
         for batch in self.data.batches(self.experiment.batch, self.images):
-            outputs = self.executor.run(batch.inputs)
+            outputs = executor.run(batch.inputs)
             self.metric.learn(outputs, batch)
             scored.update(outputs, batch)
         return scored.result()
@@ -465,6 +474,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "calibration": None if bench.calibration is None else bench.calibration.digest,
         "detection": dataclasses.asdict(experiment.detection),
         "versions": software_versions(),
+        **({} if plan.chip is None else {"compiled": bench.compiled and plan.chip.compiled_sha256}),
     }
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment
+from rerampile.checks import check_checksums
+from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import PlanFormatError
 from rerampile.files import PLAN
 from rerampile.runtime.executor import Outputs, open_executor
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps
 from rerampile.runtime.inject import Injector
 
-__all__ = ["chip_faults", "chip_outputs", "outputs_with"]
+__all__ = ["chip_faults", "chip_outputs", "compiled_deployment", "outputs_with"]
 
 
 def chip_faults(deployment: Deployment) -> FaultMap | None:
@@ -36,6 +38,31 @@ def chip_faults(deployment: Deployment) -> FaultMap | None:
             f"{chip.stuck_on} stuck on, as the plan says"
         )
     return maps[0]
+
+
+def compiled_deployment(deployment: Deployment) -> Deployment | None:
+    """Return the compiled deployment that a chip was programmed from, where it lies beside the chip or above it.
+
+    It is the one of the name and the checksum that the chip's plan has, in a folder around that of the chip. None where
+    there is none, and for a deployment that is of no one chip.
+
+    Raises:
+        PlanFormatError: It was found, and its files were changed.
+    """
+    chip = deployment.plan.chip
+    if chip is None or Path(chip.compiled).name != chip.compiled:
+        return None
+    for around in deployment.folder.resolve().parents:
+        if not (around / chip.compiled / PLAN).is_file():
+            continue
+        try:
+            found = load_deployment(around / chip.compiled)
+        except PlanFormatError:  # another one of that name
+            continue
+        if found.plan.plan_sha256 == chip.compiled_sha256:
+            check_checksums(found)
+            return found
+    return None
 
 
 def chip_outputs(deployment: Deployment, inputs: Mapping[str, npt.NDArray[Any]]) -> Outputs:

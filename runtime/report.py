@@ -190,16 +190,17 @@ def _metric_table(report: ValidationReport, metric: str) -> str:
     parted = any(rate.metrics[metric].chip_deviation is not None for rate in report.rates)
     if parted:
         heads = (*heads, "of it between chips", "by the choice of images")
-    rows = [[rate_text(rate), *_cells(rate.metrics[metric], parted)] for rate in report.rates]
-    return f"<h3>{html.escape(metric)}, {report.clean[metric]:.2f} % without faults</h3>{_table(heads, rows)}"
+    rows = [[rate_text(rate), *_cells(rate.metrics[metric], parted, report.drop_known)] for rate in report.rates]
+    clean = f", {report.clean[metric]:.2f} % without faults" if report.drop_known else ""
+    return f"<h3>{html.escape(metric)}{clean}</h3>{_table(heads, rows)}"
 
 
-def _cells(found: MetricReport, parted: bool) -> list[str]:
+def _cells(found: MetricReport, parted: bool, drop_known: bool) -> list[str]:
     parts = (found.chip_deviation, found.image_deviation) if parted else ()
     return [
         f"{found.mean:.2f}",
         _interval(found.interval),
-        f"{found.drop:.2f}",
+        f"{found.drop:.2f}" if drop_known else "unknown",
         _interval(found.drop_interval),
         "–" if found.deviation is None else f"{found.deviation:.2f}",
         f"{found.fifth_percentile:.2f}",
@@ -256,6 +257,7 @@ def _facts(report: ValidationReport) -> str:
         "deployment": report.folder,
         "execution": f"{report.precision}, {report.execution}",
         **({} if report.int8 is None else {"int8": int8_text(report)}),
+        **({} if isinstance(report.clean_of, msgspec.UnsetType) else {"clean": report.clean_of.text}),
         "images": f"{report.images:,}",
         **({"images left out": "; ".join(f"{k}: {v}" for k, v in report.skipped.items())} if report.skipped else {}),
         "faults": faults,

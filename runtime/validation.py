@@ -156,6 +156,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
         requirements: What was required, and whether it holds.
+        clean_of: What ``clean`` is of, for a programmed chip; left out for others.
         prediction: What each layer does to the outputs at the highest failure rate, predicted; or why there is none;
             null where none was asked for.
     """
@@ -176,6 +177,12 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     rates: list[RateReport]
     requirements: list[RequirementResult]
     prediction: Prediction | str | None = None
+    clean_of: CleanOf | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def drop_known(self) -> bool:
+        """Whether there is a fault-free model that drops are against."""
+        return isinstance(self.clean_of, msgspec.UnsetType) or self.clean_of.found
 
     @property
     def name(self) -> str:
@@ -240,6 +247,29 @@ class Requirement:
         compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.relation]
         found = at.metrics[self.metric].mean
         return RequirementResult(text=self.text, found=found, met=bool(compare(found, self.bound)))
+
+
+class CleanOf(msgspec.Struct, kw_only=True, frozen=True):
+    """What a programmed chip is compared with.
+
+    Attributes:
+        compiled: Name of the folder of the deployment that it was programmed from.
+        found: Whether that was there, beside the chip's folder or above it: its metrics are ``clean``. Where it was
+            not, ``clean`` is of the chip itself, and drops say nothing.
+    """
+
+    compiled: str
+    found: bool
+
+    @property
+    def text(self) -> str:
+        """It in words."""
+        if self.found:
+            return f"of the compiled deployment '{self.compiled}'"
+        return (
+            f"of the chip itself: the deployment '{self.compiled}' that it was programmed from is not beside it, so "
+            f"that the drop is not known"
+        )
 
 
 class RequirementResult(msgspec.Struct, kw_only=True, frozen=True):
@@ -358,6 +388,9 @@ def _validate(
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
+        clean_of=msgspec.UNSET
+        if plan.chip is None
+        else CleanOf(compiled=plan.chip.compiled, found=bench.compiled is not None),
     )
 
 

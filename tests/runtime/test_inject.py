@@ -232,7 +232,7 @@ def test_no_faults_and_faults_of_spare_cells_do_nothing(tmp_path: Path) -> None:
     for array in deployment.plan.arrays:
         for partition in array.partitions:
             blocks = list(partition_blocks(partition, 2))
-            used[array.id, blocks[0][1].start : blocks[-1][1].stop, blocks[0][2].start : blocks[-1][2].stop] = True
+            used[array.id, blocks[0][1][0] : blocks[-1][1][-1] + 1, blocks[0][2][0] : blocks[-1][2][-1] + 1] = True
     spare = np.flatnonzero(~used.reshape(-1))
     state = np.full(len(spare), STUCK_ON, np.uint8)
     all_spare = FaultMap(cell=spare, state=state, conductance=stuck_ends(deployment.target, state))
