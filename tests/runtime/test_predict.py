@@ -337,7 +337,9 @@ def layer_by_monte_carlo(
     arrays = [a.id for a in deployment.plan.arrays if any(p.layer == number for p in a.partitions)]
     first, whole = arrays[0], ChipGeometry.of(deployment)
     assert arrays == list(range(first, first + len(arrays)))
-    geometry = replace(whole, arrays=len(arrays), width=whole.width[arrays], twin=np.arange(len(arrays)))
+    geometry = replace(
+        whole, arrays=len(arrays), width=whole.width[arrays], twin=np.arange(len(arrays)), roles=whole.roles[arrays]
+    )
     energy = layer_energy(next(n for n in source.graph.node if n.name == layer.uses[0].node))
     healthy = deployment.weights(layer)
     found: list[float] = []
