@@ -2,9 +2,9 @@
 
 Forming gives each cell its filament, once. It can leave none at all (*unformed*: the cell is nearly open), one that can
 no longer be programmed (*partially formed*: anything in between), or one far too thick (*over-formed*: nearly a short).
-After Kim et al. (Efficient and robust training of networks on defective crossbars, ACM JETC 16(4), 2020), the circuit
-around a cell decides what such a device can do to a sum of currents. Their circuits and numbers are not public; the
-responses here are the choices that a designer has:
+Hardware can bound the value that such a cell has in a sum of currents (Kim et al., Hardware and software
+co-optimization for the initialization failure of the ReRAM based cross-bar array, ACM JETC 16(4), 2020; its abstract is
+followed here, no circuit and no number of it). What it can do:
 
 ==================  =================================================================
 ``unbounded``       the cell is read as what it conducts; an over-formed one is a short
@@ -70,7 +70,8 @@ class FailedCells:
     """How cells fail, and what the hardware makes of those that did.
 
     Attributes:
-        response: ``unbounded``, ``bounded``, ``isolated_cell`` or ``isolated_pair``, of stuck-off and stuck-on cells too.
+        response: ``unbounded``, ``bounded``, ``isolated_cell`` or ``isolated_pair``; holds for all failed cells, those
+            that are stuck off or on among them.
         low: The least that a ``bounded`` cell is read as, siemens; None for the cell's ``g_off``.
         high: The most, siemens; None for ``g_on``.
         unformed: Cells that have no filament; None where there are none.

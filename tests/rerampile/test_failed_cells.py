@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
@@ -105,7 +105,7 @@ def test_a_response_is_chosen_by_one_setting() -> None:
             {"response": "open"},
             "response: expected one of unbounded, bounded, isolated_cell, isolated_pair, got 'open'",
         ),
-        ({"respones": "bounded"}, "respones: unknown key; did you mean 'response'?"),
+        ({"respones": "bounded"}, "respones: unknown key (did you mean response?)"),
         ({"high": 100}, 'high: expected a conductance in siemens from 0 to 10 (100 µS is 100e-6) or "g_on", got 100'),
         ({"low": "off"}, "low: expected a conductance in siemens"),
         ({"response": "bounded", "high": 5e-6}, "high: expected at least low = 1e-05, got 5e-06"),
@@ -201,6 +201,7 @@ def test_closed_forms_are_those_of_many_chips(scheme: str, kind: str, by_weight:
 def test_moments_of_bounded_cells(mean: float, spread: float, one: float, other: float, p: float) -> None:
     """Beside those of a normal number, integrated between the bounds, which hold what is beyond them."""
     low, high = sorted((one, other))
+    assume(high - low > 0.1e-6)
     over_formed = {"share": 1, "mean": mean, "spread": spread}
     target = target_of("bounded", low=low, high=high, over_formed=over_formed)
     coding, _ = coding_of(target, "balanced")
@@ -219,10 +220,12 @@ def test_moments_of_bounded_cells(mean: float, spread: float, one: float, other:
     assert stuck.variance == pytest.approx(moments[1] - moments[0] ** 2, rel=1e-4, abs=1e-5 * high**2)
 
 
-@pytest.mark.parametrize("response", RESPONSES)
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize(
+    ("kind", "response"),
+    [(kind, response) for kind in CELLS for response in RESPONSES if (kind, response) != ("table", "isolated_pair")],
+)
 def test_no_pair_is_better_than_the_optimal_one(kind: str, response: str) -> None:
-    """For every weight; of isolated pairs all are alike, but for how often slices of digits count."""
+    """For every weight; of isolated pairs all are alike, but for the digits that a number is split into."""
     target = target_of(response, kind)
 
     def errors(scheme: str) -> npt.NDArray[np.float64]:
@@ -234,8 +237,7 @@ def test_no_pair_is_better_than_the_optimal_one(kind: str, response: str) -> Non
     best = errors("optimal")
     for scheme in ("two_column", "differential", "balanced"):
         other = errors(scheme)
-        slack = 0.05 if response == "isolated_pair" and kind == "table" else 1e-4  # other differences are rounded to
-        assert (best <= other * (1 + slack) + 1e-9).all()
+        assert (best <= other * (1 + 1e-4) + 1e-9).all()
         if response == "isolated_pair" and kind in ("analog", "levels"):
             np.testing.assert_allclose(best, other, rtol=1e-4, atol=1e-9)
 
