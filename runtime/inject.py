@@ -103,6 +103,9 @@ class Injector:
             fault_map: Its stuck cells.
         """
         stuck = self._places.resolve(*_as_read(self._target, self._places.geometry, fault_map))
+        if self._target.failed_cells.isolates_pairs:  # which leaves a pair beside the blocks at zero, as it was
+            pairs = np.array([layer.coding.cells == 2 for layer in self._layers])
+            stuck = stuck.take(np.flatnonzero(stuck.at_home | ~pairs[stuck.layer]))
         if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
             stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))

@@ -161,17 +161,16 @@ FORMED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("unit", ["cell", "weight"])
 @pytest.mark.parametrize(
-    ("response", "scheme", "kind"),
+    ("response", "scheme", "kind", "unit"),
     [
-        ("unbounded", "differential", "analog"),
-        ("bounded", "optimal", "levels"),
-        ("isolated_cell", "offset", "table"),
-        ("isolated_cell", "balanced", "stuck outside"),
-        ("isolated_pair", "two_column", "levels"),
-        ("isolated_pair", "offset", "analog"),
-        ("isolated_pair", "differential", "table"),
+        ("unbounded", "differential", "analog", "cell"),
+        ("bounded", "optimal", "levels", "cell"),
+        ("isolated_cell", "balanced", "stuck outside", "cell"),
+        ("isolated_cell", "offset", "table", "weight"),
+        ("isolated_pair", "two_column", "levels", "cell"),
+        ("isolated_pair", "differential", "table", "weight"),
+        ("isolated_pair", "offset", "analog", "cell"),
     ],
 )
 def test_failed_cells_of_several_kinds(response: str, scheme: str, kind: str, unit: str, tmp_path: Path) -> None:
