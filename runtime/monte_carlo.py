@@ -110,6 +110,7 @@ class ChipResult:
         stuck_on: Cells found stuck on.
         non_finite: Images with an output that is not finite.
         by_class: The first of the values by class, where it has classes.
+        categories: Cells found that failed in other ways, by name.
     """
 
     run: int
@@ -121,6 +122,7 @@ class ChipResult:
     stuck_on: int
     non_finite: int
     by_class: dict[str, float]
+    categories: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ class Bench:
             stuck_on=found.stuck_on,
             non_finite=result.non_finite,
             by_class=result.by_class,
+            categories=found.categories,
         )
 
 
