@@ -40,7 +40,7 @@ from rerampile.runtime.compare import flat, output_error
 from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.inject import Injector, LayerFaults
-from rerampile.runtime.layer_program import LISTED, STEPS, LayerProgram
+from rerampile.runtime.layer_program import LISTED, STEPS, LayerProgram, require_single_copies
 from rerampile.runtime.plain_model import plain_model
 from rerampile.runtime.programmed_chip import outputs_with
 from rerampile.runtime.second_moments import second_moments
@@ -265,6 +265,7 @@ def program_chip(
     """
     if deployment.plan.chip is not None:
         raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
+    require_single_copies(deployment)
     ordered = check_steps(steps, calibration is not None)
     injector = Injector(deployment)
     stuck = injector.stuck(source.faults)

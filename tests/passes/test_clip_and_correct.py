@@ -287,7 +287,7 @@ def test_the_plan_says_from_what_it_was_chosen(compile_text: Compile) -> None:
     [
         (
             {"faults": FaultModel.of_rate(0)},
-            "--clip and --correct: 0 of all cells stuck, expected more than 0 and less than 1",
+            "--clip, --correct and --spend-spare-arrays: 0 of all cells stuck, expected more than 0 and less than 1",
         ),
         (
             {"faults": FaultModel.of_rate(0.01, rate_unit="weight")},
