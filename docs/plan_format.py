@@ -27,6 +27,8 @@ PAGE = ROOT / "docs" / "plan-format.md"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
 
+UNSET = {("LayerPlan", "clip"), ("LayerPlan", "correction"), ("LayerPlan", "copies"), ("Totals", "arrays_spent")}
+
 Definition = dict[str, Any]
 
 
@@ -79,9 +81,7 @@ def _table(schema: Definition, name: str) -> str:
     definition = schema if name == "Plan" else schema["$defs"][name]
     lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
     for field, value in definition["properties"].items():
-        left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or (
-            name == "LayerPlan" and field in ("clip", "correction")
-        )
+        left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or (name, field) in UNSET
         optional = left_out and field not in definition["required"]
         kind = _type(value).removesuffix(" or null") + ", optional" if optional else _type(value)
         lines.append(f"| `{field}` | {kind} | {value['description']} |\n")

@@ -442,7 +442,7 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         outputs: Range of outputs, in column order.
         input_index: The inputs, ascending, where they are no range.
         output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
-        replica: Number of the copy, for layers held several times for throughput: each serves other inputs.
+        replica: Number of the replica, for layers held several times for throughput: each serves other inputs.
         copy: Number of the copy of those that are averaged, all of which serve the same inputs.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
