@@ -94,29 +94,33 @@ class _Spare:
         idle: How many are left.
         pack: Whether copies of different layers share them.
         used: Those that hold copies.
+        open: Those of them that have room for more, where copies share them.
     """
 
     idle: int
     pack: bool
     used: list[Bin] = field(default_factory=list)
+    open: list[Bin] = field(default_factory=list)
 
     def place(self, bins: Sequence[Bin]) -> bool:
         """Put all arrays of one copy somewhere, or none where there is no room for all of them."""
         where = self._shared(bins) if self.pack else [None] * len(bins)
-        needed = sum(len(bin_.grid.roles) for bin_, there in zip(bins, where, strict=True) if there is None)
+        new = [bin_ for bin_, there in zip(bins, where, strict=True) if there is None]
+        needed = sum(len(bin_.grid.roles) for bin_ in new)
         if needed > self.idle:
             return False
-        self.idle -= needed
         for bin_, there in zip(bins, where, strict=True):
-            if there is None:
-                self.used.append(bin_)
-            else:
+            if there is not None:
                 there.absorb(bin_)
+        self.idle -= needed
+        self.used += new
+        if self.pack:
+            self.open = [bin_ for bin_ in (*self.open, *new) if bin_.has_room(1, 1)]
         return True
 
     def _shared(self, bins: Sequence[Bin]) -> list[Bin | None]:
         """Return the first array in use that has room for each, a different one for each; None where there is none."""
-        free = [there for there in self.used if there.grid == bins[0].grid and there.layers.isdisjoint(bins[0].layers)]
+        free = [there for there in self.open if there.grid == bins[0].grid and there.layers.isdisjoint(bins[0].layers)]
         found = []
         for bin_ in bins:
             fit = next((there for there in free if there.has_room(bin_.rows, bin_.outputs)), None)

@@ -209,7 +209,7 @@ def test_every_weight_sits_in_one_place(weights: list[Array], target: Target, ma
         assert totals.cells_used <= totals.cells
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(sparse_weights(), targets(), MAPPING, st.booleans(), st.integers(0, 30))
 def test_copies_take_arrays_that_are_left_over(
     weights: list[Array], target: Target, mapping: str, pack: bool, spare: int
