@@ -10,6 +10,7 @@ from rich.text import Text
 from rerampile.plan import ClipPlan, CopiesPlan, LayerPlan, Plan
 from rerampile.schemes import SCHEMES
 from rerampile.terminal import new_table, print_parts, printable
+from rerampile.totals import arrays_spent
 
 __all__ = ["clip_words", "copies_words", "show_calibrated", "show_choices", "show_copies"]
 
@@ -57,7 +58,7 @@ def copies_words(plan: Plan) -> str | None:
         return "no array was left that a further copy of a layer fits on"
     after, before = (sum(c.error for c in copies) / len(copies), sum(c.error_single for c in copies) / len(copies))
     return (
-        f"{plan.totals.arrays_spent:,} arrays for {len(counts):,} of {len(copies):,} layers, held up to {max(counts)} "
+        f"{arrays_spent(plan.arrays):,} arrays for {len(counts):,} of {len(copies):,} layers, held up to {max(counts)} "
         f"times; expected squared error of a layer {after:.2%}, without {before:.2%}"
     )
 
