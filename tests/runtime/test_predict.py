@@ -186,6 +186,40 @@ def test_failed_cells_of_several_kinds(response: str, scheme: str, kind: str, un
     np.testing.assert_allclose(nsr_of(found.rates[0], deployment), expected, rtol=0.12)
 
 
+@pytest.mark.parametrize("mapping", ["differential", "offset"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_copies_that_are_averaged(mapping: str, pack: bool, tmp_path: Path) -> None:
+    """Variances and leaks by the number of copies, mean errors and the shift of ``offset`` as with one."""
+    cell, slices = CELLS["analog"]
+    faults = FaultModel.of_rate(0.1)
+    target = Target(name="small", rows=48, columns=72, slices=slices, cell=cell, arrays_per_core=60)
+    found, plans = [], []
+    for spend in (False, True):
+        deployment = compile_model(
+            model_of(OPERATORS, SHAPES),
+            out=tmp_path / f"out{spend}",
+            target=target,
+            mapping=mapping,
+            pack=pack,
+            spend_spare_arrays=spend,
+        )
+        found.append(predict(deployment, [faults], positive_inputs(), probe_images=1).rates[0])
+        plans.append(deployment.plan)
+    expected = monte_carlo(deployment, faults, positive_inputs(), 120)
+
+    np.testing.assert_allclose(nsr_of(found[1], deployment), expected, rtol=0.1)
+    copies = {layer.name: layer.copy_count for layer in plans[1].layers}
+    assert max(copies.values()) > 2
+    before = {layer.layer: layer for layer in found[0].layers}
+    for after in found[1].layers:
+        one = before[after.layer]
+        assert after.coherent == pytest.approx(one.coherent, rel=1e-5 if mapping == "differential" or not pack else 0.2)
+        if not pack:  # packed arrays leak within a layer; copies never share one
+            random = (one.nsr - one.coherent) / copies[after.layer]
+            assert after.nsr - after.coherent == pytest.approx(random, rel=1e-5)
+        assert after.nsr <= one.nsr * (1 + 1e-6)
+
+
 def test_one_cell_of_a_weight(tmp_path: Path) -> None:
     """Rates of weights: at most one of the cells of a weight is stuck."""
     target = Target(name="small", rows=48, columns=64, pair_layout="twin", cell=CELLS["stuck outside"][0])
