@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment, footprint, layer_coding
+from rerampile.deployment import Deployment, footprint, layer_coding, layer_segments
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
@@ -55,11 +55,13 @@ def check_placement(deployment: Deployment) -> None:
     """Check that every weight sits in exactly one place and that no two partitions share a row or a column.
 
     Raises:
-        PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
+        PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ, or
+            the sum of a partition would have two gains.
     """
     plan = deployment.plan
     for layer in plan.layers:
         deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
+        deployment.gain(layer)
         _check_view(deployment, layer)
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
@@ -77,6 +79,7 @@ def check_placement(deployment: Deployment) -> None:
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
             _check_flips(plan, partition, where)
+            _check_gain(plan.layers[partition.layer], partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
@@ -173,6 +176,16 @@ def _check_flips(plan: Plan, partition: Partition, where: str) -> None:
         )
 
 
+def _check_gain(layer: LayerPlan, partition: Partition, where: str) -> None:
+    """Check that all inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
+    inputs = partition.input_indices
+    if inputs and np.ptp(layer_segments(layer).number_of(np.array([min(inputs), max(inputs)]))):
+        raise PlanFormatError(
+            f"{where}: layer '{layer.name}': inputs {min(inputs)} to {max(inputs)} on one array are of two segments, "
+            f"which have gains of their own"
+        )
+
+
 def _check_address(deployment: Deployment, array: ArrayPlan, where: str, taken: set[int]) -> None:
     """Check that an array exists on the target and is no other array of the plan; note that it is taken."""
     try:
@@ -231,7 +244,7 @@ def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slic
     """
     coding = layer_coding(deployment.target, layer)
     _check_coding(deployment, layer, coding)
-    cells, gain = deployment.cells(layer), deployment.gain(layer)
+    cells, gain, segments = deployment.cells(layer), deployment.gain(layer), layer_segments(layer)
     low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
     read = 0
     for rows in row_chunks(cells.shape[2:]):
@@ -241,7 +254,7 @@ def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slic
                 f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {part.min()} to {part.max()}, "
                 f"expected {low:g} to {high:g}"
             )
-        yield rows, coding.decode(part, gain[rows])
+        yield rows, coding.decode(part, segments.spread(gain[rows]))
         read += part.nbytes
         if read > _PAGES_HELD:
             deployment.conductances.drop_pages()

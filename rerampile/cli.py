@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
     from rerampile.runtime.faults import FaultModel
+    from rerampile.schemes import Scale
 
 __all__ = ["main"]
 
@@ -249,7 +250,7 @@ def compile_(
     mapping: str | None,
     faults: FaultModel | None,
     current_weight: float,
-    scale: Literal["channel", "tensor"],
+    scale: Scale,
     clip: bool,
     correct: bool,
     prune: float | dict[str, float] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +32,7 @@ from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
+    from rerampile.schemes import Scale
 
 __all__ = ["compare"]
 
@@ -70,7 +71,7 @@ def compare(
     mappings: str | None,
     target: str,
     settings: dict[str, Any],
-    scale: Literal["channel", "tensor"],
+    scale: Scale,
     drop: float,
     data: dict[str, Any],
     metric: dict[str, Any],

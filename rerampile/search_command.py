@@ -19,6 +19,7 @@ from rerampile.prune_command import open_calibration, pruning_options
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
     from rerampile.runtime.progressive import SearchStep
+    from rerampile.schemes import Scale
 
 __all__ = ["search"]
 
@@ -97,7 +98,7 @@ def search(
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
-    scale: Literal["channel", "tensor"],
+    scale: Scale,
     faults: tuple[FaultModel, ...],
     data: dict[str, Any],
     metric: dict[str, Any],

@@ -32,7 +32,7 @@ from rerampile.runtime.progressive import Hopeless, Measured, Rules, SearchStep,
 from rerampile.runtime.search_report import Outcome, SearchReport, beside
 from rerampile.runtime.session import open_session
 from rerampile.runtime.validation import ValidationReport, validate
-from rerampile.schemes import WEIGHED
+from rerampile.schemes import WEIGHED, Scale
 from rerampile.target import Target
 
 __all__ = ["DEPLOYMENT", "UNFINISHED", "SearchRequest", "remove_unfinished", "search_model"]
@@ -70,7 +70,7 @@ class SearchRequest:
     model: Path
     target: Target
     mapping: str | None = None
-    scale: Literal["tensor", "channel"] = "channel"
+    scale: Scale = "channel"
     pruning: PruneRequest
     calibration: Dataset
     calibration_images: int = 256

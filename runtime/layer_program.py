@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
@@ -46,7 +46,7 @@ class LayerProgram:
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
             are.
-        gain: float32 [groups * outputs].
+        gain: float32 [groups * outputs] or [groups * outputs, segments].
         order: By the first column segment of a piece, the rows of the matrix in the order of its segments, where
             that was changed.
         flipped: int64, the column segments with changed roles, ascending.
@@ -67,7 +67,8 @@ class LayerProgram:
         self._coding = layer_coding(deployment.target, self.plan)
         self._compiled = deployment.cells(self.plan)
         self.gain = self._compiled_gain = deployment.gain(self.plan)
-        self._wanted = self._coding.decode(self._compiled, self.gain)
+        self._segments = layer_segments(self.plan)
+        self._wanted = self._coding.decode(self._compiled, self._segments.spread(self.gain))
         self._full_scale = np.abs(self.gain) * np.float32(self._coding.span)
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
@@ -98,11 +99,12 @@ class LayerProgram:
         turned = np.isin(self._stuck.segment, self.flipped)
         columns = {**vars(self._stuck), "part": self._stuck.part ^ turned}
         cells = self.cells.reshape(self._coding.slices * self._coding.cells, -1)
-        return LayerCells(self.plan, self._coding, cells, gain).faults(self._number, StuckCells(**columns))
+        layer = LayerCells(self.plan, self._coding, cells, gain, self._segments)
+        return layer.faults(self._number, StuckCells(**columns))
 
     def weights(self) -> Floats:
         """Return the weights as the chip reads them now, float32 [groups * outputs, inputs]."""
-        weights, faults = self._coding.decode(self.cells, self.gain), self.faults
+        weights, faults = self._coding.decode(self.cells, self._segments.spread(self.gain)), self.faults
         weights.reshape(-1)[faults.index] = faults.value
         return weights
 
@@ -186,7 +188,7 @@ class LayerProgram:
         compiled = self._compiled.reshape(slices, pair, rows * inputs)[:, :, hit.index]
         wanted = self._coding.difference(compiled)
         row, input_ = np.divmod(hit.index, inputs)
-        scale = np.square(self.gain.astype(np.float64))[row]
+        scale = np.square(self._segments.at(self.gain, hit.index).astype(np.float64))
         if self._moments is not None:
             scale = scale * self._moments[row // self.plan.outputs, input_, input_]
         turned = hit.turned(np.ones(len(hit.index), np.bool_)) if pair == 2 else hit
@@ -215,9 +217,8 @@ class LayerProgram:
         moved = repair_errors(self._shaped(errors), self._shaped(free), self._moments).reshape(errors.shape)
         before, targets = self.cells, self._wanted + np.where(free, moved, np.float32(0))
         held = self._at_hit(before)
-        self.cells = np.where(
-            (moved != 0).any(axis=1)[:, None] & free, self._coding.encode(targets, self.gain), self.cells
-        )
+        encoded = self._coding.encode(targets, self._segments.spread(self.gain))
+        self.cells = np.where((moved != 0).any(axis=1)[:, None] & free, encoded, self.cells)
         self._set(held)
         self._keep_better(errors, before, self.gain)
 
@@ -225,7 +226,7 @@ class LayerProgram:
         """Change the gain of each output where that leaves less error."""
         weights = self.weights()
         factor = best_gain(self._shaped(weights), self._shaped(self._wanted), self._moments).reshape(-1)
-        before, self.gain = self.gain, (self.gain * np.clip(factor, *_GAINS)).astype(np.float32)
+        before, self.gain = self.gain, (self.gain.T * np.clip(factor, *_GAINS)).T.astype(np.float32)
         self._keep_better(weights - self._wanted, self.cells, before)
 
     def _keep_better(self, errors: Floats, cells: Array, gain: Floats) -> None:
@@ -240,13 +241,13 @@ class LayerProgram:
         now = output_energies(self._shaped(self.weights() - self._wanted), self._moments).reshape(-1)
         better = now < energy
         self.cells = self.cells if cells is self.cells else np.where(better[:, None], self.cells, cells)
-        self.gain = np.where(better, self.gain, gain)
+        self.gain = np.where(better, self.gain.T, gain.T).T
 
     def _wrong(self) -> tuple[Integers, Floats]:
         """Return the weights that faults hit and that stay wrong, and how far they are off under the compiled gain."""
         faults = self._faults(self._compiled_gain)
         error = faults.value - self._wanted.reshape(-1)[faults.index]
-        wrong = np.abs(error) > _WRONG * self._full_scale[faults.index // self.plan.inputs]
+        wrong = np.abs(error) > _WRONG * self._segments.at(self._full_scale, faults.index)
         return faults.index[wrong], error[wrong]
 
     def record(self) -> ChipLayer:
