@@ -79,7 +79,6 @@ def check_placement(deployment: Deployment) -> None:
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
             _check_flips(plan, partition, where)
-            _check_gain(plan.layers[partition.layer], partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
         _check_array(deployment, array, where)
@@ -129,6 +128,8 @@ def _paint(
     inputs, outputs = _indices(part, "input", layer.inputs, where), _indices(part, "output", layer.outputs, where)
     if not 0 <= group < layer.groups:
         raise PlanFormatError(f"{where}: group {group}, expected 0 to {layer.groups - 1}")
+    if isinstance(part, Partition):
+        _check_gain(layer, inputs, where)
     rows = cover[group * layer.outputs : (group + 1) * layer.outputs]
     place: Any = (outputs, inputs)
     if not (isinstance(inputs, slice) and isinstance(outputs, slice)):
@@ -140,6 +141,16 @@ def _paint(
         )
     rows[place] = True
     return part.input_count * part.output_count
+
+
+def _check_gain(layer: LayerPlan, inputs: slice | npt.NDArray[np.int64], where: str) -> None:
+    """Check that inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
+    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (int(inputs[0]), int(inputs[-1]))
+    if np.ptp(layer_segments(layer).number_of(np.array([first, last]))):
+        raise PlanFormatError(
+            f"{where}: layer '{layer.name}': inputs {first} to {last} on one array are of two segments, which have "
+            f"gains of their own"
+        )
 
 
 def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slice | npt.NDArray[np.int64]:
@@ -173,16 +184,6 @@ def _check_flips(plan: Plan, partition: Partition, where: str) -> None:
     if any(b <= a for a, b in itertools.pairwise(flipped)) or not all(0 <= b < count for b in flipped):
         raise PlanFormatError(
             f"{where}: flipped {reprlib.repr(flipped)}, expected some of 0 to {count - 1}, ascending, each once"
-        )
-
-
-def _check_gain(layer: LayerPlan, partition: Partition, where: str) -> None:
-    """Check that all inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
-    inputs = partition.input_indices
-    if inputs and np.ptp(layer_segments(layer).number_of(np.array([min(inputs), max(inputs)]))):
-        raise PlanFormatError(
-            f"{where}: layer '{layer.name}': inputs {min(inputs)} to {max(inputs)} on one array are of two segments, "
-            f"which have gains of their own"
         )
 
 
