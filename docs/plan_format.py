@@ -80,7 +80,7 @@ def _table(schema: Definition, name: str) -> str:
     lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
     for field, value in definition["properties"].items():
         left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or (
-            name == "LayerPlan" and field in ("clip", "correction")
+            name == "LayerPlan" and field in ("clip", "correction", "segments")
         )
         optional = left_out and field not in definition["required"]
         kind = _type(value).removesuffix(" or null") + ", optional" if optional else _type(value)
