@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rerampile.chip_options import data_options, family, fault_options, metric_options, numbers, seed_option
+from rerampile.chip_options import (
+    correction_options,
+    data_options,
+    family,
+    fault_options,
+    metric_options,
+    numbers,
+    seed_option,
+)
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, own_folder, print_json, scale_option, target_options
 from rerampile.interruption import cleaned_up
@@ -58,12 +66,15 @@ _rules_options = family(_RULES_OPTIONS, "rules", dict)
 @target_options
 @click.option("--mapping", metavar="NAME", help="How a weight becomes cells.  [default: the target's]")
 @scale_option
+@correction_options
 @fault_options
 @data_options
 @metric_options
 @click.option("--selection", metavar="DATA", help="What steps are judged by.  [default: the data, @train]")
 @click.option("--selection-images", type=click.IntRange(1), default=1000, show_default=True, help="As many of these.")
-@click.option("--calibration", metavar="DATA", help="What pruning learns from.  [default: the data, @train]")
+@click.option(
+    "--calibration", metavar="DATA", help="What pruning, --clip and --correct learn from.  [default: the data, @train]"
+)
 @click.option("--calibration-images", type=click.IntRange(1), default=256, show_default=True, help="As many of these.")
 @pruning_options
 @click.option(
@@ -99,6 +110,7 @@ def search(
     settings: dict[str, Any],
     mapping: str | None,
     scale: Scale,
+    corrections: dict[str, Any],
     faults: tuple[FaultModel, ...],
     data: dict[str, Any],
     metric: dict[str, Any],
@@ -143,6 +155,7 @@ def search(
         target=Target.load(target, settings),
         mapping=mapping,
         scale=scale,
+        **corrections,
         pruning=PruneRequest(**pruning),
         calibration=open_calibration(model, learned),
         calibration_images=calibration_images,
