@@ -42,7 +42,7 @@ __all__ = ["compare"]
     epilog=examples(
         "rerampile compare plain.deployment pruned.deployment --data cifar10:DIR",
         "rerampile compare model.onnx --mappings two_column,offset,differential",
-        "rerampile compare m.onnx --mappings differential/channel,differential/partition",
+        "rerampile compare m.onnx --mappings optimal/channel,optimal/partition",
     )
 )
 @click.argument("sources", type=PATH, nargs=-1, required=True)
@@ -120,6 +120,8 @@ def compare(
         seen = {**data, "data": execution["calibration"] or training_split(data["data"])}
         options = {"target": Target.load(target, settings), "faults": worst, **corrections}
         folders = _compiled(sources[0], _forms(mappings, scale), place, options, seen)
+        if any(corrections.values()) and execution["precision"] == "fp32":
+            execution = {**execution, "calibration": None}  # it has had its effect
     experiments = [
         Experiment(folder=folder, faults=faults, seed=seed, **data, **metric, **execution) for folder in folders
     ]

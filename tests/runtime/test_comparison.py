@@ -142,7 +142,7 @@ def test_one_model_with_several_scales(model_file: Path, tmp_path: Path) -> None
     for name, scale in zip(names, ("partition", "channel", "tensor"), strict=True):
         plan = load_deployment(tmp_path / "out" / f"{name}.deployment").plan
         assert {layer.scale for layer in plan.layers} == {scale}
-        assert plan.options["calibration"] == {"data": "generated:8", "images": 8}
+        assert plan.options["calibration"] == {"data": "generated", "images": 8}
         assert plan.options["stuck_off"] + plan.options["stuck_on"] == pytest.approx(0.1)
         assert all(layer.clip is not msgspec.UNSET and layer.correction is not msgspec.UNSET for layer in plan.layers)
 
