@@ -1,8 +1,9 @@
 """Allocate: cut matrices to arrays, leave out what pruning emptied, and give every piece an address.
 
 A matrix is cut into strips of outputs (as many as an array has columns for), and each strip into pieces of as many
-inputs as an array has rows. Outputs whose weights are all zero, and inputs that a whole strip does not need, take no
-column and no row. Groups that fit an array several times lie block-diagonally on it.
+inputs as an array has rows; where segments of inputs have gains of their own, no piece is of two of them. Outputs whose
+weights are all zero, and inputs that a whole strip does not need, take no column and no row. Groups that fit an array
+several times lie block-diagonally on it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _cut(grid: Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[li
             _piece(number, group, rows, columns)
             for group in range(view.groups)
             for columns in _chunks(outputs, grid.outputs)
-            for rows in _chunks(inputs, grid.rows)
+            for rows in _rows(grid, mapped, inputs)
         ]
         return pieces, []
     pieces, regions = [], []
@@ -114,7 +115,7 @@ def _cut(grid: Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[li
         for columns in _chunks(np.flatnonzero(kept), grid.outputs):
             needed: Flags = np.asarray(nonzero[columns].any(axis=0))
             regions += _empty_region(number, group, _as_flags(columns, view.outputs), ~needed)
-            pieces += [_piece(number, group, rows, columns) for rows in _chunks(np.flatnonzero(needed), grid.rows)]
+            pieces += [_piece(number, group, rows, columns) for rows in _rows(grid, mapped, np.flatnonzero(needed))]
     return _merge_whole_groups(grid, layer, number, pieces), regions
 
 
@@ -163,6 +164,12 @@ def _span(axis: str, indices: Indices) -> dict[str, Any]:
     if last - first == len(indices):
         return {f"{axis}s": (first, last)}
     return {f"{axis}_index": indices.tolist()}
+
+
+def _rows(grid: _Grid, mapped: MappedLayer, inputs: Indices) -> Iterator[Indices]:
+    """Yield the inputs of a strip piece by piece."""
+    for segment in mapped.segments.cut(inputs):
+        yield from _chunks(segment, grid.rows)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

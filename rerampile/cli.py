@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rerampile.chip_options import AskedFault, fault_rate_options, optional_calibration_options
+from rerampile.chip_options import AskedFault, correction_options, fault_rate_options, optional_calibration_options
 from rerampile.command import (
     PATH,
     examples,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
+    from rerampile.schemes import Scale
 
 __all__ = ["main"]
 
@@ -197,17 +198,7 @@ def main() -> None:
     help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
-@click.option(
-    "--clip",
-    is_flag=True,
-    help="Full scales of the least expected output error, which clip the largest weights; on --calibration, or where "
-    "all inputs are alike.",
-)
-@click.option(
-    "--correct",
-    is_flag=True,
-    help="Gains and biases that make up for what stuck cells do to outputs on average, on --calibration.",
-)
+@correction_options
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
@@ -253,9 +244,8 @@ def compile_(
     mapping: str | None,
     faults: AskedFault | None,
     current_weight: float,
-    scale: Literal["channel", "tensor"],
-    clip: bool,
-    correct: bool,
+    scale: Scale,
+    corrections: dict[str, Any],
     prune: float | dict[str, float] | None,
     prune_method: str | None,
     data: dict[str, Any],
@@ -277,8 +267,8 @@ def compile_(
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    calibrated, given = clip or correct or spend_spare_arrays, data["data"] is not None
-    if correct and not given:
+    calibrated, given = any(corrections.values()) or spend_spare_arrays, data["data"] is not None
+    if corrections["correct"] and not given:
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
     if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
@@ -303,8 +293,7 @@ def compile_(
             faults=faults(resolved) if faults is not None and (weighed or calibrated) else None,
             current_weight=current_weight,
             scale=scale,
-            clip=clip,
-            correct=correct,
+            **corrections,
             calibration=open_calibration(model, data) if calibrated and given else None,
             calibration_images=data["images"] or CALIBRATION_IMAGES,
             prune=None if pruned else prune,

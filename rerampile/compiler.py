@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ from rerampile.passes import PASSES as _COMPILE_PASSES
 from rerampile.plan import read_plan
 from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import WEIGHED, MappingName, known_mapping
+from rerampile.schemes import WEIGHED, MappingName, Scale, known_mapping, known_scale
 from rerampile.target import Target
 from rerampile.unit import Calibration, CompileOptions, InputMoments, Pass, Unit
 
@@ -57,7 +57,7 @@ def compile_model(
     mapping: str | None = None,
     faults: FaultModel | None = None,
     current_weight: float = 0.0,
-    scale: Literal["tensor", "channel"] = "channel",
+    scale: Scale = "channel",
     clip: bool = False,
     correct: bool = False,
     calibration: Dataset | None = None,
@@ -84,7 +84,7 @@ def compile_model(
             stuck; a failure rate of 0.001 where None, split as the target says.
         current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
             worth.
-        scale: One full scale for each tensor, or for each output channel.
+        scale: One full scale for each tensor, for each output channel, or for each output channel on each array.
         clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
             weight; without images all inputs count alike.
         correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
@@ -115,7 +115,7 @@ def compile_model(
     options = CompileOptions(
         mapping=known,
         **_weighing(known, resolved, faults, current_weight, calibrated=weighs_faults),
-        scale=_known_scale(scale),
+        scale=known_scale(scale),
         clip=clip,
         correct=correct,
         calibration={}
@@ -413,14 +413,6 @@ def _weighing(
         "categories": faults.categories,
         "current_weight": float(current_weight),
     }
-
-
-def _known_scale(scale: str) -> Literal["tensor", "channel"]:
-    if scale == "tensor":
-        return "tensor"
-    if scale == "channel":
-        return "channel"
-    raise ConfigError(f"scale '{scale}': expected tensor or channel")
 
 
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:

@@ -67,7 +67,7 @@ def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
         ),
         target=unit.target.to_dict(),
         options=_options(unit),
-        conventions=Conventions(),
+        conventions=Conventions.of(layers),
         files={},
         totals=totals_of(
             unit.target,
@@ -127,6 +127,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         cells_tensor=f"{layer.name}.cells",
         gain_tensor=f"{layer.name}.gain",
         scale=unit.options.scale,
+        segments=mapped.segments.ranges if unit.options.scale == "partition" else msgspec.UNSET,
         zeros=mapped.zeros,
         sparsity=mapped.zeros / weights,
         decoded_sha256=NO_SHA256,  # verify decodes, and fills it in

@@ -34,7 +34,7 @@ def check_sums(deployment: Deployment) -> None:
         PlanFormatError: One of them differs.
     """
     plan = deployment.plan
-    _compare(deployment, "$.conventions", plan.conventions, Conventions())
+    _compare(deployment, "$.conventions", plan.conventions, Conventions.of(plan.layers))
     totals = totals_of(
         deployment.target,
         plan.layers,

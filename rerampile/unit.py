@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, ClipPlan, CopiesPlan, CorrectionPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
-from rerampile.schemes import Coding, MappingName
+from rerampile.schemes import Coding, MappingName, Scale
+from rerampile.segments import Segments
 from rerampile.target import Target
 
 __all__ = ["Calibration", "CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
@@ -32,7 +33,7 @@ class CompileOptions:
         stuck_on: Probability that a cell is stuck on, the same.
         categories: Probabilities of other ways in which cells fail, by name, where there are any.
         current_weight: What read current counts beside error, for the same mappings.
-        scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        scale: What one full scale of the cells is for.
         clip: Whether full scales are those of the least expected error.
         correct: Whether gains and biases make up for mean errors.
         calibration: The ``data`` that both are chosen from, and how many ``images``; empty where there are none.
@@ -52,7 +53,7 @@ class CompileOptions:
     stuck_on: float | None = None
     categories: Mapping[str, float] = field(default_factory=dict)
     current_weight: float = 0.0
-    scale: Literal["tensor", "channel"] = "channel"
+    scale: Scale = "channel"
     clip: bool = False
     correct: bool = False
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -86,11 +87,13 @@ class MappedLayer:
 
     Attributes:
         coding: The coding of a weight into cells.
-        gain: float32 [groups * outputs], weight units a unit of difference.
+        gain: float32 [groups * outputs], weight units a unit of difference; [groups * outputs, segments] for the scale
+            ``partition``.
+        segments: The ranges of inputs that these are for; one of all inputs for the other scales.
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
         zeros: Number of zero weights.
         choice: Why the layer has its scheme, for mappings that weigh schemes.
-        limit: float32 [groups * outputs], what weights are clipped to, infinite where nothing is clipped; None where
+        limit: float32, shaped as ``gain``: what weights are clipped to, infinite where nothing is clipped; None where
             nothing of the layer is.
         clip: How full scales were chosen, where that was asked for.
         factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
@@ -102,6 +105,7 @@ class MappedLayer:
 
     coding: Coding
     gain: npt.NDArray[np.float32] = field(repr=False)
+    segments: Segments
     nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
     zeros: int
     choice: MappingChoice | None = None
@@ -128,7 +132,7 @@ class MappedLayer:
             unfolded: The magnitude of what is still to be folded into them, [rows, inputs] or broadcastable to it.
         """
         if self.limit is not None:
-            limit = np.broadcast_to(self.limit[rows, None], weights.shape)
+            limit = np.broadcast_to(self.segments.spread(self.limit[rows]), weights.shape)
             limit = np.divide(limit, unfolded, out=np.full_like(weights, np.inf), where=np.asarray(unfolded) > 0)
             weights = np.clip(weights, -limit, limit)
         return weights if self.factor is None else weights * self.factor[rows, None]

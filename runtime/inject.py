@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.checks import check_placement
-from rerampile.deployment import Deployment, flipped_outputs, layer_coding, lines
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments, lines
 from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
+from rerampile.segments import Segments
 from rerampile.target import Target
 
 __all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "as_read", "column_parts"]
@@ -124,6 +125,7 @@ class StuckCells:
         position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
+        input_segment: Which of the layer's ranges of inputs that column sums, so which gain its sum has.
         conductance: What it is read as, siemens.
         cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
     """
@@ -134,6 +136,7 @@ class StuckCells:
     position: Integers
     part: Integers
     segment: Integers
+    input_segment: Integers
     conductance: Floats
     cell: Integers
 
@@ -157,6 +160,7 @@ class _Places:
         column_part: slice * cells + role of each column.
         column_segment: The column segment of each column: an output of a group of a partition, counted array by array;
             twins share theirs.
+        column_input_segment: Which of its layer's ranges of inputs each column sums.
     """
 
     geometry: ChipGeometry
@@ -168,6 +172,7 @@ class _Places:
     column_start: Integers
     column_part: Integers
     column_segment: Integers
+    column_input_segment: Integers
 
     @classmethod
     def of(cls, deployment: Deployment) -> _Places:
@@ -175,7 +180,7 @@ class _Places:
         geometry, plan = ChipGeometry.of(deployment), deployment.plan
         rows = np.full((3, geometry.arrays, geometry.rows), -1)
         columns = np.full((2, geometry.arrays, geometry.columns), -1)
-        parts, segments = np.zeros((2, geometry.arrays, geometry.columns), np.int64)
+        parts, segments, input_segments = np.zeros((3, geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
         first_segment: dict[int, int] = {}
         count = 0
@@ -196,6 +201,8 @@ class _Places:
                 parts[array.id, width] = np.tile(part, len(output)) ^ flips
                 segments[array.id, width] = np.repeat(segment + np.arange(len(output)), len(part))
                 segment += len(output)
+                first_input = np.array(partition.input_indices[:1])
+                input_segments[array.id, width] = layer_segments(layer).number_of(first_input)
             count = max(count, segment)
         return cls(
             geometry=geometry,
@@ -207,6 +214,7 @@ class _Places:
             column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
             column_segment=segments.reshape(-1),
+            column_input_segment=input_segments.reshape(-1),
         )
 
     def resolve(self, cell: Integers, conductance: Floats) -> StuckCells:
@@ -230,6 +238,7 @@ class _Places:
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
             segment=self.column_segment[column],
+            input_segment=self.column_input_segment[column],
             conductance=conductance[matters],
             cell=cell[matters],
         )
@@ -264,19 +273,22 @@ class LayerCells:
         plan: The layer.
         coding: Its coding.
         cells: Its cells, [slices * cells, groups * outputs * inputs].
-        gain: float32 [groups * outputs].
+        gain: Its gains, float32 [groups * outputs] or [groups * outputs, segments].
+        segments: The ranges of inputs that they are for.
     """
 
     plan: LayerPlan
     coding: Coding
     cells: npt.NDArray[Any] = field(repr=False)
     gain: Floats = field(repr=False)
+    segments: Segments
 
     @classmethod
     def of(cls, deployment: Deployment, layer: LayerPlan) -> LayerCells:
         """Open a layer."""
         coding, cells = layer_coding(deployment.target, layer), deployment.cells(layer)
-        return cls(layer, coding, cells.reshape(coding.slices * coding.cells, -1), deployment.gain(layer))
+        flat = cells.reshape(coding.slices * coding.cells, -1)
+        return cls(layer, coding, flat, deployment.gain(layer), layer_segments(layer))
 
     def faults(self, number: int, stuck: StuckCells) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number."""
@@ -286,7 +298,8 @@ class LayerCells:
         out_row, input_ = np.divmod(away.position, self.plan.inputs)
         inside = (away.in_group == out_row // self.plan.outputs) & (extra != 0)
         index, at = _unique(np.concatenate([home.position, away.position[inside]]))
-        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, index)
+        gain = self.segments.at(self.gain, index)
+        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
         np.add.at(value, at[len(home.part) :], extra[inside])
         pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
         leaks = self._leaks(pair[~inside], extra[~inside])
@@ -299,20 +312,19 @@ class LayerCells:
         """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
-        return self._weights(zeros, np.arange(count), stuck, stuck.position)
+        sums = stuck.position // self.plan.inputs * len(self.segments.starts) + stuck.input_segment
+        return self._weights(zeros, np.arange(count), stuck, self.gain.reshape(-1)[sums])
 
-    def _weights(
-        self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers
-    ) -> Floats:
+    def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, gain: Floats) -> Floats:
         """Return the weights that cells hold when some are stuck, the mean of all copies, float32 [weights].
 
         Args:
             cells: The healthy cells of each slice and role, [weights] each.
             at: Which weight each stuck cell belongs to.
             stuck: The stuck cells.
-            position: Flat position of each weight in the matrix.
+            gain: What multiplies each weight's difference, [weights].
         """
-        table, count = self.coding.cell_values, len(position)
+        table, count = self.coding.cell_values, len(gain)
         values = np.empty((len(cells), count), np.float32)
         for value, cell in zip(values, cells, strict=True):
             value[:] = cell if table is None else table[cell]
@@ -323,7 +335,7 @@ class LayerCells:
         else:  # several copies of one cell may be stuck
             np.add.at(flat, place, (worth - flat[place]) / np.float32(self.plan.copy_count))
         difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
-        return difference * self.gain[position // self.plan.inputs]
+        return difference * gain
 
     def _leaks(self, pair: Integers, value: Floats) -> Leaks | None:
         """Return leaks in order, added up for each pair of rows; without those that come to nothing.
