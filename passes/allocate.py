@@ -166,7 +166,7 @@ def _span(axis: str, indices: Indices) -> dict[str, Any]:
     return {f"{axis}_index": indices.tolist()}
 
 
-def _rows(grid: _Grid, mapped: MappedLayer, inputs: Indices) -> Iterator[Indices]:
+def _rows(grid: Grid, mapped: MappedLayer, inputs: Indices) -> Iterator[Indices]:
     """Yield the inputs of a strip piece by piece."""
     for segment in mapped.segments.cut(inputs):
         yield from _chunks(segment, grid.rows)
