@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
-from rerampile.plan import ArrayPlan, Partition, Region
+from rerampile.passes.protect import protected
+from rerampile.plan import ArrayPlan, Partition, Region, span_fields
 from rerampile.schemes import Coding
 from rerampile.target import Target
 from rerampile.unit import MappedLayer, Unit
@@ -36,41 +37,47 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, unit: Unit) -> Unit:
-        """Fill ``arrays``, ``regions`` and the counts without pruning and packing.
+        """Fill ``arrays``, ``regions``, the counts without pruning and packing, and ``protection`` where it was asked for.
 
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.
         """
         bins: list[_Bin] = []
         regions: list[Region] = []
+        freed: list[int] = []
         dense = 0
         for number, layer in enumerate(unit.layers):
             mapped = unit.mapped[layer.name]
             grid = _Grid.of(unit.target, mapped.coding)
             pieces, empty = _cut(grid, number, layer, mapped)
-            bins.extend(_stack(grid, pieces))
+            own = list(_stack(grid, pieces))
+            bins.extend(own)
             regions.extend(empty)
+            freed.append(max(0, grid.dense_count(layer) - len(own)))
             dense += grid.dense_count(layer) * len(grid.roles)
         before_packing = _count(bins)
         if unit.options.pack:  # pairs and single cells lie differently on an array, and never share one
             grids = dict.fromkeys(bin_.grid for bin_ in bins)
             bins = [packed for grid in grids for packed in _pack(grid, [b for b in bins if b.grid == grid])]
         _check_capacity(unit.target, _count(bins), unit.options.pack)
-        return replace(
+        placed = replace(
             unit,
             arrays=tuple(_place(unit.target, bins)),
             regions=tuple(regions),
             arrays_without_pruning=dense,
             arrays_before_packing=before_packing,
         )
+        return protected(placed, freed) if unit.options.protect_msb else placed
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
-        """Return the number of arrays and what leaving out zeros saved."""
-        return {
+        """Return the number of arrays and what leaving out zeros saved, and what copies protect."""
+        held = sum(bool(array.partitions) for array in unit.arrays)
+        summary = {
             "arrays": len(unit.arrays),
             "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
-            "saved by packing": unit.arrays_before_packing - len(unit.arrays),
+            "saved by packing": unit.arrays_before_packing - held,
         }
+        return summary | ({} if unit.protection is None else {"weights with copies": unit.protection.weights})
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ def _merge_whole_groups(grid: _Grid, layer: Layer, number: int, pieces: list[_Pi
 
 
 def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
-    spans = {**_span("input", rows), **_span("output", columns)}
+    spans = {**span_fields("input", rows), **span_fields("output", columns)}
     partition = Partition(layer=number, row=0, column=0, groups=(group, group + 1), **spans)
     return _Piece(partition, len(rows), len(columns), group)
 
@@ -217,16 +224,8 @@ def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
 def _empty_region(number: int, group: int, outputs: Flags, inputs: Flags) -> list[Region]:
     if not outputs.any() or not inputs.any():
         return []
-    spans = {**_span("input", np.flatnonzero(inputs)), **_span("output", np.flatnonzero(outputs))}
+    spans = {**span_fields("input", np.flatnonzero(inputs)), **span_fields("output", np.flatnonzero(outputs))}
     return [Region(layer=number, group=group, reason="zero", **spans)]
-
-
-def _span(axis: str, indices: Indices) -> dict[str, Any]:
-    """Return sorted indices as a range where they are one, else as a list, under the plan's field names."""
-    first, last = int(indices[0]), int(indices[-1]) + 1
-    if last - first == len(indices):
-        return {f"{axis}s": (first, last)}
-    return {f"{axis}_index": indices.tolist()}
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

@@ -25,7 +25,8 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
-from rerampile.plan import read_plan
+from rerampile.passes.protect import check_protection
+from rerampile.plan import Vote, read_plan
 from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import WEIGHED, MappingName, known_mapping
@@ -65,6 +66,8 @@ def compile_model(
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
+    protect_msb: int = 0,
+    vote: Vote = "median",
     inputs: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -92,6 +95,8 @@ def compile_model(
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
+        protect_msb: How many of the most significant slices are to have two copies in cells that pruning freed.
+        vote: What counts of the three sums of such a slice: their ``median``, or their ``mean``.
         inputs: Inputs of the verification (.npz); generated where None.
         tolerance: Largest relative output error, or None for the default of the model's arithmetic.
         seed: Seed of generated inputs.
@@ -121,6 +126,8 @@ def compile_model(
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
         pack=pack,
+        protect_msb=protect_msb,
+        vote=_known_vote(vote),
         seed=seed,
         inputs=None if inputs is None else Path(inputs),
         tolerance=tolerance,
@@ -134,6 +141,8 @@ def compile_model(
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
         raise ConfigError("both masks and pruning ratios were given, expected one of the two")
+    if protect_msb:
+        check_protection(resolved, protect_msb)
     if seed < 0:
         raise ConfigError(f"seed {seed}: expected 0 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
@@ -406,6 +415,14 @@ def _known_scale(scale: str) -> Literal["tensor", "channel"]:
     if scale == "channel":
         return "channel"
     raise ConfigError(f"scale '{scale}': expected tensor or channel")
+
+
+def _known_vote(vote: str) -> Vote:
+    if vote == "median":
+        return "median"
+    if vote == "mean":
+        return "mean"
+    raise ConfigError(f"vote '{vote}': expected median or mean")
 
 
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from rerampile.errors import ConfigError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, read_plan
+from rerampile.plan import ArrayPlan, Copy, LayerPlan, Partition, Plan, read_plan
 from rerampile.schemes import Coding
 from rerampile.target import Target
 from rerampile.tensor_file import TensorFile
 
-__all__ = ["Deployment", "layer_coding", "load_deployment"]
+__all__ = ["Deployment", "copy_span", "layer_coding", "load_deployment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class Deployment:
         belong to the same layer they hold a zero weight: that row is driven while that column is read.
         """
         array = self.array_plan(array_id)
-        codings = {p.layer: layer_coding(self.target, self.plan.layers[p.layer]) for p in array.partitions}
-        coding = codings[array.partitions[0].layer]  # cells of all layers are stored alike
+        codings = {number: layer_coding(self.target, self.plan.layers[number]) for number in self.layers_on(array)}
+        coding = next(iter(codings.values()))  # cells of all layers are stored alike
         spare = coding.dtype.type(coding.low if coding.levels is None else 0)
         picture = np.full((self.target.rows, self.target.columns), spare, coding.dtype)
         zeros = {
@@ -122,7 +122,14 @@ class Deployment:
                     picture[rows, others] = np.tile(zero, (others.stop - others.start) // len(zero))
         for partition in array.partitions:
             self._program(picture, array, partition)
+        for copy in array.copies:
+            self._copy(picture, array, copy)
         return picture
+
+    def layers_on(self, array: ArrayPlan) -> list[int]:
+        """Return the positions of the layers that have weights or copies on an array, in the order of their places."""
+        homes = (self.plan.arrays[copy.array].partitions[copy.partition] for copy in array.copies)
+        return list(dict.fromkeys(p.layer for p in (*array.partitions, *homes)))
 
     def require_outside(self, path: Path) -> None:
         """Refuse to write a file into the deployment folder, over one of its own or beside them.
@@ -150,6 +157,21 @@ class Deployment:
                 block[:, :, flips] = cells[swapped]
             picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
 
+    def _copy(self, picture: npt.NDArray[Any], array: ArrayPlan, copy: Copy) -> None:
+        """Write the cells of one copy into the picture of its array: those of the most significant slices again."""
+        home = self.plan.arrays[copy.array].partitions[copy.partition]
+        layer, slices = self.plan.layers[home.layer], self.copied_slices
+        roles = np.array([_cell(role) for role in array.roles])
+        outputs = np.array(copy.output_indices) + home.groups[0] * layer.outputs
+        block = self.cells(layer)[np.ix_(np.array(array.slices)[-slices:], roles, outputs, np.array(copy.input_indices))]
+        rows, columns = copy_span(copy, array, slices)
+        picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
+
+    @property
+    def copied_slices(self) -> int:
+        """How many slices of a weight have copies, the most significant ones."""
+        return 0 if self.plan.protection is None else self.plan.protection.slices
+
 
 def partition_blocks(partition: Partition, width: int) -> Iterator[tuple[int, slice, slice]]:
     """Yield (group, rows, columns) of each group of a partition: where its matrix lies on the array.
@@ -176,6 +198,12 @@ def footprint(partition: Partition, width: int) -> tuple[slice, slice]:
     groups = partition.groups[1] - partition.groups[0]
     height, breadth = groups * partition.input_count, groups * partition.output_count * width
     return slice(partition.row, partition.row + height), slice(partition.column, partition.column + breadth)
+
+
+def copy_span(copy: Copy, array: ArrayPlan, slices: int) -> tuple[slice, slice]:
+    """Return the rows and the columns of a copy of so many slices on its array."""
+    width = copy.output_count * slices * len(array.roles)
+    return slice(copy.row, copy.row + copy.input_count), slice(copy.column, copy.column + width)
 
 
 def _cell(role: str) -> int:

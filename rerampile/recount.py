@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
+from rerampile.copies import protection_of
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
@@ -44,6 +45,9 @@ def check_sums(deployment: Deployment) -> None:
         arrays_before_packing=plan.totals.arrays_before_packing,
     )
     _compare(deployment, "$.totals", plan.totals, totals)
+    if plan.protection is not None:
+        found = protection_of(plan.protection.slices, plan.protection.vote, plan.arrays)
+        _compare(deployment, "$.protection", plan.protection, found)
 
 
 def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: npt.NDArray[np.bool_] | None) -> None:

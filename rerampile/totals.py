@@ -51,7 +51,7 @@ def totals_of(
         arrays_without_pruning=arrays_without_pruning,
         arrays_before_packing=arrays_before_packing,
         arrays_saved_by_pruning=arrays_without_pruning - arrays_before_packing,
-        arrays_saved_by_packing=arrays_before_packing - len(arrays),
+        arrays_saved_by_packing=arrays_before_packing - sum(bool(array.partitions) for array in arrays),
         weights_without_cells=sum(left_out),
         mean_pair_conductance=pairs / sum(held) if any(held) else 0.0,
         digital_operations=digital,

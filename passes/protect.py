@@ -1,0 +1,284 @@
+"""Protect: put copies of the most significant slices into cells that pruning freed (Li et al. 2024, zero-space cost).
+
+A layer's copies go to the cells beside its partitions, first on arrays that it uses anyway, then on arrays that it
+would have needed unpruned. Where that is too little for all outputs, those of the largest gain have copies: a stuck
+cell of theirs does most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from rerampile.copies import protection_of
+from rerampile.deployment import footprint
+from rerampile.errors import ConfigError
+from rerampile.layer import Layer
+from rerampile.plan import ArrayPlan, Copy, Partition, span_fields
+from rerampile.target import Target
+from rerampile.unit import Unit
+
+__all__ = ["check_protection", "protected"]
+
+Flags = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+
+_VOTED = ("Conv", "Gemm", "MatMul")  # operators whose columns a vote can be taken of, each by itself
+_MOST_PLACES = 4  # the rows of a copy lie in at most so many places, each a read of its own
+
+
+def check_protection(target: Target, slices: int) -> None:
+    """Refuse to copy slices that weights do not have.
+
+    Raises:
+        ConfigError: The target does not slice weights, or has too few slices.
+    """
+    if target.slices == 1:
+        raise ConfigError(
+            f"--protect-msb {slices}: target '{target.name}' holds a weight in one slice, expected several, whose most "
+            f"significant ones are copied; use isaac or puma, or give slices in a TOML file"
+        )
+    if not 1 <= slices <= target.slices:
+        raise ConfigError(
+            f"--protect-msb {slices}: expected 1 to {target.slices}, the slices of target '{target.name}'"
+        )
+
+
+def protected(unit: Unit, freed: Sequence[int]) -> Unit:
+    """Return the unit with copies on its arrays, and what they protect.
+
+    Args:
+        unit: With arrays placed.
+        freed: How many arrays (sets of twins counted once) pruning freed in each layer.
+    """
+    slices, arrays = unit.options.protect_msb, list(unit.arrays)
+    homes = _homes(arrays, len(unit.layers))
+    space = _Space.beside(unit.target, arrays)
+    for number, layer in enumerate(unit.layers):
+        if homes[number] and _can_vote(layer):
+            gain = unit.mapped[layer.name].gain
+            _protect_layer(unit.target, arrays, space, homes[number], slices, gain, freed[number])
+    return replace(unit, arrays=tuple(arrays), protection=protection_of(slices, unit.options.vote, arrays))
+
+
+@dataclass(frozen=True)
+class _Home:
+    """A partition that is to have copies: where it is, and its array."""
+
+    array: int
+    position: int
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one copy lies."""
+
+    array: int
+    copy: Copy
+
+
+def _homes(arrays: Sequence[ArrayPlan], layers: int) -> list[list[_Home]]:
+    """Return the partitions of each layer, twins once."""
+    found: list[list[_Home]] = [[] for _ in range(layers)]
+    for array in arrays:
+        if array.twin is None or array.twin > array.id:
+            for position, partition in enumerate(array.partitions):
+                found[partition.layer].append(_Home(array.id, position, partition))
+    return found
+
+
+def _can_vote(layer: Layer) -> bool:
+    """Whether every node that reads a layer is a plain sum over one matrix, whose columns a vote can be taken of."""
+    plain = layer.view.groups == 1 and len(layer.view.tensor_shape) > 1
+    flat = all(node.op == "Conv" or len(layer.view.tensor_shape) == 2 for node, _ in layer.uses)
+    return plain and flat and all(node.op in _VOTED for node, _ in layer.uses)
+
+
+class _Space:
+    """Free rectangles of arrays, int64 [rectangles, 5]: array, row, column, height, width.
+
+    Args:
+        free: The rectangles.
+        empty: The first array that holds no weights.
+    """
+
+    def __init__(self, free: Integers, empty: int) -> None:
+        self._free, self._empty = free, empty
+
+    @classmethod
+    def beside(cls, target: Target, arrays: Sequence[ArrayPlan]) -> _Space:
+        """Return what lies beside and below all partitions of each array, of twins the first."""
+        free = []
+        for array in arrays:
+            if array.twin is None or array.twin > array.id:
+                spans = [footprint(p, len(array.roles) * len(array.slices)) for p in array.partitions]
+                row, column = (max(span[axis].stop for span in spans) for axis in (0, 1))
+                free.append((array.id, 0, column, target.rows, target.columns - column))
+                free.append((array.id, row, 0, target.rows - row, column))
+        return cls(np.array(free, np.int64).reshape(-1, 5), len(arrays))
+
+    def on(self, arrays: Sequence[int]) -> _Space:
+        """Return the free rectangles of some arrays."""
+        return _Space(self._free[np.isin(self._free[:, 0], arrays)], self._empty)
+
+    def replace(self, arrays: Sequence[int], other: _Space) -> None:
+        """Take over what is left of some arrays."""
+        kept = self._free[~np.isin(self._free[:, 0], arrays)]
+        self._free = np.concatenate([kept, other._free])
+
+    def add(self, array: int, rows: int, columns: int) -> None:
+        """Add an empty array."""
+        self._free = np.concatenate([self._free, [[array, 0, 0, rows, columns]]])
+
+    def take(self, home: int, height: int, least: int, unit: int, most: int) -> tuple[int, int, int, int, int] | None:
+        """Take a rectangle; None where none fits.
+
+        Arrays that hold weights come first, then whole rows rather than some, then the own array.
+
+        Args:
+            home: The own array.
+            height: Rows that are wanted.
+            least: Rows that are enough.
+            unit: Columns of one output.
+            most: Outputs that are wanted.
+
+        Returns:
+            Array, row, column, rows and outputs.
+        """
+        array, _, _, tall, wide = self._free.T
+        fits = (tall >= least) & (wide >= unit)
+        if not fits.any():
+            return None
+        rank = 4 * (array >= self._empty) + 2 * (tall < height) + (array != home)
+        best = int(np.argmin(np.where(fits, rank, rank.max() + 1)))
+        number, row, column, tall, wide = self._free[best].tolist()
+        rows, outputs = min(tall, height), min(wide // unit, most)
+        columns = outputs * unit
+        self._free[best] = number, row, column + columns, rows, wide - columns
+        if tall > rows:
+            self._free = np.concatenate([self._free, [[number, row + rows, column, tall - rows, wide]]])
+        return number, row, column, rows, outputs
+
+    def copy(self) -> _Space:
+        """Return the same space, to try something in."""
+        return _Space(self._free.copy(), self._empty)
+
+
+def _protect_layer(
+    target: Target,
+    arrays: list[ArrayPlan],
+    space: _Space,
+    homes: Sequence[_Home],
+    slices: int,
+    gain: npt.NDArray[np.float32],
+    freed: int,
+) -> None:
+    """Give as many outputs of a layer copies as there is room for, those of the largest gain first.
+
+    Args:
+        target: The hardware.
+        arrays: All arrays; copies are added to them, and arrays in the place of freed ones behind them.
+        space: What is free on them.
+        homes: The layer's partitions.
+        slices: Slices that are copied.
+        gain: Of the layer's outputs.
+        freed: How many sets of arrays may be added.
+    """
+    model = arrays[homes[0].array]
+    set_size = 1 if model.twin is None else 2
+    if target.arrays is not None:
+        freed = min(freed, (target.arrays - len(arrays)) // set_size)
+    outputs = np.unique(np.concatenate([home.partition.output_indices for home in homes]))
+    order = outputs[np.argsort(-gain[outputs], kind="stable")]
+    own = list(dict.fromkeys(home.array for home in homes))
+    there = space.on(own)
+    for k in range(freed):
+        there.add(len(arrays) + k * set_size, target.rows, target.columns)
+    unit = slices * len(model.roles)
+    found, left = _largest(homes, there, order, unit)
+    used = sorted({place.array for place in found if place.array >= len(arrays)})
+    renamed = {first: len(arrays) + k * set_size for k, first in enumerate(used)}
+    for _ in used:
+        arrays.extend(_empty_set(target, model, len(arrays)))
+    space.replace(own, left.on(own))
+    for place in found:
+        first = arrays[renamed.get(place.array, place.array)]
+        for array in (first,) if first.twin is None else (first, arrays[first.twin]):
+            arrays[array.id] = msgspec.structs.replace(arrays[array.id], copies=[*arrays[array.id].copies, place.copy])
+
+
+def _largest(homes: Sequence[_Home], space: _Space, order: Integers, unit: int) -> tuple[list[_Place], _Space]:
+    """Return the places of copies of as many of the first outputs as have room, found by bisection, and what is left."""
+    best: tuple[list[_Place], _Space] = [], space
+    fits, fails = 0, len(order) + 1
+    tried = len(order)
+    while fails - fits > 1:
+        left = space.copy()
+        places = _placed(homes, left, np.sort(order[:tried]), unit)
+        if places is None:
+            fails = tried
+        else:
+            fits, best = tried, (places, left)
+        tried = (fits + fails) // 2
+    return best
+
+
+def _placed(homes: Sequence[_Home], space: _Space, outputs: Integers, unit: int) -> list[_Place] | None:
+    """Place two copies of some outputs of every partition; None where there is no room."""
+    found: list[_Place] = []
+    for home in homes:
+        held = np.array(home.partition.output_indices, np.int64)
+        wanted = held[np.isin(held, outputs)]
+        for number in (1, 2):
+            for place in _one_copy(home, space, wanted, number, unit):
+                if place is None:
+                    return None
+                found.append(place)
+    return found
+
+
+def _one_copy(home: _Home, space: _Space, outputs: Integers, number: int, unit: int) -> Iterator[_Place | None]:
+    """Yield the places of one copy of some outputs of a partition, and None where there is no room for all of it."""
+    inputs = np.array(home.partition.input_indices, np.int64)
+    least = -(-len(inputs) // _MOST_PLACES)
+    waiting = [(inputs, outputs)] if len(outputs) else []
+    while waiting:
+        inputs, outputs = waiting.pop()
+        taken = space.take(home.array, len(inputs), min(least, len(inputs)), unit, len(outputs))
+        if taken is None:
+            yield None
+            return
+        array, row, column, rows, count = taken
+        spans = {**span_fields("input", inputs[:rows]), **span_fields("output", outputs[:count])}
+        yield _Place(
+            array,
+            Copy(array=home.array, partition=home.position, number=1 if number == 1 else 2, row=row, column=column, **spans),
+        )
+        if count < len(outputs):
+            waiting.append((inputs, outputs[count:]))
+        if rows < len(inputs):
+            waiting.append((inputs[rows:], outputs[:count]))
+
+
+def _empty_set(target: Target, model: ArrayPlan, first: int) -> Iterator[ArrayPlan]:
+    """Yield an array, or two twins, like those of a layer and with nothing on them."""
+    twins = 1 if model.twin is None else 2
+    for k in range(twins):
+        chip, tile, core, array = target.address(first + k)
+        roles = model.roles if twins == 1 else [("plus", "minus")[k]]
+        yield ArrayPlan(
+            id=first + k,
+            chip=chip,
+            tile=tile,
+            core=core,
+            array=array,
+            roles=roles,
+            slices=model.slices,
+            partitions=[],
+            twin=first + 1 - k if twins == 2 else None,
+        )
