@@ -58,7 +58,9 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return shapes | {"classes.weight": (w, shape.classes), "classes.bias": (shape.classes,)}
 
 
-def build(shape: Shape, weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None) -> onnx.ModelProto:
+def build(
+    shape: Shape, weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None
+) -> onnx.ModelProto:
     """Return the network: input ``tokens`` int64 [N, length], output ``logits`` float32 [N, classes].
 
     Args:

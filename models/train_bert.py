@@ -1,8 +1,8 @@
 """Train a small BERT to tell which package of Python's standard library a passage is from, and write it as ONNX.
 
-The text is what every Python brings along: the sources of eight families of modules, read as lower-case words (comments,
-docstrings and names alike). A passage is 32 words in a row; every eighth one is held out and never trained on. Which
-passages there are depends on the Python that runs this; the written test file holds the ones that were measured.
+The text is what every Python brings along: the sources of eight families of modules, read as lower-case words
+(comments, docstrings and names alike). A passage is 32 words in a row; every eighth one is held out and never trained
+on. Which passages there are depends on the Python that runs this; the test file holds the ones that were measured.
 
 Example:
     python models/train_bert.py --out models/bert_stdlib.onnx --test models/bert_stdlib_test.npz

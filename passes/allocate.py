@@ -37,7 +37,7 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, unit: Unit) -> Unit:
-        """Fill ``arrays``, ``regions``, the counts without pruning and packing, and ``protection`` where it was asked for.
+        """Fill ``arrays``, ``regions``, the counts without pruning and packing, and ``protection`` where asked for.
 
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.

@@ -204,7 +204,7 @@ def _protect_layer(
     used = sorted({place.array for place in found if place.array >= len(arrays)})
     renamed = {first: len(arrays) + k * set_size for k, first in enumerate(used)}
     for _ in used:
-        arrays.extend(_empty_set(target, model, len(arrays)))
+        arrays.extend(list(_empty_set(target, arrays, model)))
     space.replace(own, left.on(own))
     for place in found:
         first = arrays[renamed.get(place.array, place.array)]
@@ -213,7 +213,7 @@ def _protect_layer(
 
 
 def _largest(homes: Sequence[_Home], space: _Space, order: Integers, unit: int) -> tuple[list[_Place], _Space]:
-    """Return the places of copies of as many of the first outputs as have room, found by bisection, and what is left."""
+    """Return the places of copies of as many of the first outputs as have room, and what is left (by bisection)."""
     best: tuple[list[_Place], _Space] = [], space
     fits, fails = 0, len(order) + 1
     tried = len(order)
@@ -257,7 +257,14 @@ def _one_copy(home: _Home, space: _Space, outputs: Integers, number: int, unit: 
         spans = {**span_fields("input", inputs[:rows]), **span_fields("output", outputs[:count])}
         yield _Place(
             array,
-            Copy(array=home.array, partition=home.position, number=1 if number == 1 else 2, row=row, column=column, **spans),
+            Copy(
+                array=home.array,
+                partition=home.position,
+                number=1 if number == 1 else 2,
+                row=row,
+                column=column,
+                **spans,
+            ),
         )
         if count < len(outputs):
             waiting.append((inputs, outputs[count:]))
@@ -265,20 +272,20 @@ def _one_copy(home: _Home, space: _Space, outputs: Integers, number: int, unit: 
             waiting.append((inputs[rows:], outputs[:count]))
 
 
-def _empty_set(target: Target, model: ArrayPlan, first: int) -> Iterator[ArrayPlan]:
-    """Yield an array, or two twins, like those of a layer and with nothing on them."""
-    twins = 1 if model.twin is None else 2
-    for k in range(twins):
+def _empty_set(target: Target, arrays: Sequence[ArrayPlan], model: ArrayPlan) -> Iterator[ArrayPlan]:
+    """Yield an array, or two twins, like those of a layer, with nothing on them, to follow the others."""
+    first = len(arrays)
+    models = [model] if model.twin is None else [model, arrays[model.twin]]
+    for k, each in enumerate(models):
         chip, tile, core, array = target.address(first + k)
-        roles = model.roles if twins == 1 else [("plus", "minus")[k]]
         yield ArrayPlan(
             id=first + k,
             chip=chip,
             tile=tile,
             core=core,
             array=array,
-            roles=roles,
-            slices=model.slices,
+            roles=each.roles,
+            slices=each.slices,
             partitions=[],
-            twin=first + 1 - k if twins == 2 else None,
+            twin=first + 1 - k if model.twin is not None else None,
         )

@@ -1,4 +1,4 @@
-"""Copies of the most significant slices of weights: where they lie, what they protect, and whether a plan has them right.
+"""Copies of the most significant slices of weights: what they protect, and whether a plan has them right.
 
 A copy holds, for some inputs and outputs of one partition, what the partition's cells of the most significant slices
 hold. It is read with no other rows driven. What the copies with number 1 sum to, over all inputs of the partition, is
@@ -116,16 +116,16 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
             if layer == other:
                 taken[rows, columns] = True
     for copy in array.copies:
-        home, layer = _home(plan, copy, where)
+        home, held = _home(plan, copy, where)
         original = plan.arrays[copy.array]
         if array.twin is not None and array.twin < array.id and original.twin is not None:
             original = plan.arrays[original.twin]
         if (original.roles, original.slices) != (array.roles, array.slices):
             raise PlanFormatError(f"{where}: a copy of array {copy.array}, whose columns have other roles or slices")
-        if protection.slices > layer.slices or home.flipped:
+        if protection.slices > held.slices or home.flipped:
             raise PlanFormatError(
-                f"{where}: copies of {protection.slices} slices of layer '{layer.name}', expected at most the "
-                f"{layer.slices} that it has, of columns that have not changed roles"
+                f"{where}: copies of {protection.slices} slices of layer '{held.name}', expected at most the "
+                f"{held.slices} that it has, of columns that have not changed roles"
             )
         rows, columns = copy_span(copy, array, protection.slices)
         if rows.stop > target.rows or columns.stop > target.columns:

@@ -163,7 +163,9 @@ class Deployment:
         layer, slices = self.plan.layers[home.layer], self.copied_slices
         roles = np.array([_cell(role) for role in array.roles])
         outputs = np.array(copy.output_indices) + home.groups[0] * layer.outputs
-        block = self.cells(layer)[np.ix_(np.array(array.slices)[-slices:], roles, outputs, np.array(copy.input_indices))]
+        block = self.cells(layer)[
+            np.ix_(np.array(array.slices)[-slices:], roles, outputs, np.array(copy.input_indices))
+        ]
         rows, columns = copy_span(copy, array, slices)
         picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
 

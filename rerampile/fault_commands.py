@@ -31,6 +31,7 @@ def fault_maps() -> None:
 def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out: Path) -> None:
     """Draw the stuck cells of chips of a deployment, as 'validate' would, and write them to a file."""
     from rerampile.deployment import load_deployment
+    from rerampile.runtime.copy_places import refuse_weight_rates
     from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
     from rerampile.runtime.faults import draw_faults
 
@@ -38,6 +39,7 @@ def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out
         raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment = load_deployment(folder)
     deployment.require_outside(out)
+    refuse_weight_rates(deployment, faults)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, faults[0], deployment.target, seed=seed, run=run) for run in range(runs)]
     with cleaned_up():

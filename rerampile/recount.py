@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
 from rerampile.copies import protection_of
+from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN

@@ -12,8 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
-from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
+from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
+from rerampile.runtime.stuck_cells import StuckCells
 
 __all__ = ["STEPS", "LayerProgram"]
 
