@@ -1,11 +1,12 @@
-"""Train a small BERT to tell which package of Python's standard library a passage is from, and write it as ONNX.
+r"""Train a small BERT to tell which package of Python's standard library a passage is from, and write it as ONNX.
 
 The text is what every Python brings along: the sources of eight families of modules, read as lower-case words
 (comments, docstrings and names alike). A passage is 32 words in a row; every eighth one is held out and never trained
 on. Which passages there are depends on the Python that runs this; the test file holds the ones that were measured.
 
 Example:
-    python models/train_bert.py --out models/bert_stdlib.onnx --test models/bert_stdlib_test.npz
+    python models/train_bert.py --out models/bert_stdlib.onnx --test models/bert_stdlib_test.npz \
+        --calibration models/bert_stdlib_calibration.npz
 
 Torch is an extra dependency: ``pip install 'rerampile[train]'``.
 """
@@ -42,6 +43,7 @@ FAMILIES = {
 }
 UNKNOWN = 0  # the token of a word that the table does not have
 HELD_OUT = 8  # every so many-th passage
+CALIBRATION = 512  # passages of the training that are written, too
 WEIGHT_DECAY, WARM_UP = 0.01, 0.1
 
 
@@ -132,6 +134,14 @@ def logits(tokens: torch.Tensor, p: dict[str, torch.Tensor], shape: Shape, dropo
     return torch.as_tensor(linear("classes", x.mean(1)))
 
 
+def write_passages(options: argparse.Namespace, tokens: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> None:
+    """Write the passages that were held out, and some of the others, for pruning to learn from."""
+    np.savez_compressed(options.test, tokens=tokens[held_out], labels=labels[held_out])
+    seen = np.random.default_rng(options.seed).choice(np.flatnonzero(~held_out), CALIBRATION, replace=False)
+    np.savez_compressed(options.calibration, tokens=tokens[np.sort(seen)], labels=labels[np.sort(seen)])
+    print(f"{held_out.sum():,} passages in {options.test}, {CALIBRATION} others in {options.calibration}", flush=True)
+
+
 def train(options: argparse.Namespace) -> None:
     """Train, report the accuracy, and write the model and the held-out passages."""
     import torch
@@ -143,6 +153,7 @@ def train(options: argparse.Namespace) -> None:
     shape = Shape(classes=len(FAMILIES))
     tokens, labels, table = passages(read_words(options.library), shape, options.passages)
     held_out = np.arange(len(labels)) % HELD_OUT == 0
+    write_passages(options, tokens, labels, held_out)
     x, y = torch.from_numpy(tokens[~held_out]), torch.from_numpy(labels[~held_out])
     p = initial(shape, options.seed)
     groups = [
@@ -171,8 +182,7 @@ def train(options: argparse.Namespace) -> None:
         print(f"epoch {epoch + 1}  loss {total / len(y):.4f}  held out {right:.2%}  {seconds:.0f} s", flush=True)
     metadata = {"classes": list(FAMILIES), "words": table}
     write(options.out, build(shape, {name: value.detach().numpy() for name, value in p.items()}, metadata))
-    np.savez_compressed(options.test, tokens=tokens[held_out], labels=labels[held_out])
-    print(f"{options.out}; {held_out.sum():,} of {len(labels):,} passages in {options.test}", flush=True)
+    print(f"{options.out}: trained on {len(y):,} passages", flush=True)
 
 
 def main() -> None:
@@ -180,6 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="ONNX file to write")
     parser.add_argument("--test", type=Path, required=True, help=".npz file to write: tokens and labels held out")
+    parser.add_argument(
+        "--calibration", type=Path, required=True, help=".npz file to write: some passages of the training"
+    )
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="where the text is")
     parser.add_argument("--passages", type=int, default=2048, help="of a family, at most")
     parser.add_argument("--epochs", type=int, default=6)

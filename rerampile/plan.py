@@ -563,7 +563,7 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
         arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
-        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``.
+        arrays_saved_by_packing: ``arrays_before_packing`` less the arrays that hold weights.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over the cells that sit on arrays.

@@ -109,9 +109,8 @@ def check(deployment: Deployment, unprotected: Deployment) -> None:
     assert len(held) == protection.weights_with_cells
     for number, layer in enumerate(plan.layers):  # whole outputs, those of the largest gain
         outputs = {key[1] for key in seen if key[0] == number}
-        assert {key[1:3] for key in seen if key[0] == number} == {
-            k[1:] for k in held if k[0] == number and k[1] in outputs
-        }
+        whole = {key[1:] for key in held if key[0] == number and key[1] in outputs}
+        assert {key[1:3] for key in seen if key[0] == number} == whole
         gain = deployment.gain(layer)
         others = {k[1] for k in held if k[0] == number} - outputs
         if outputs and others:

@@ -18,7 +18,6 @@ from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, stuck_ends
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector
-from rerampile.runtime.second_moments import second_moments  # noqa: F401
 from rerampile.target import Cell, Stuck
 
 Doubles = npt.NDArray[np.float64]
@@ -47,9 +46,8 @@ def target_of(layout: str = "adjacent", table: tuple[float, ...] | None = None, 
 def build(kind: str, out: Path, **options: Any) -> Deployment:
     text, shape = MODELS[kind]
     rng = np.random.default_rng(4)
-    weight = rng.standard_normal(shape, np.float32) * rng.uniform(
-        0.5, 2, (-1, 1, 1, 1)[: len(shape)] and shape[:1] + (1,) * (len(shape) - 1)
-    ).astype(np.float32)
+    scales = rng.uniform(0.5, 2, (shape[0], *(1 for _ in shape[1:])))
+    weight = rng.standard_normal(shape, np.float32) * scales.astype(np.float32)
     if kind == "MatMul":
         weight[3:8] = 0
         weight[:, 6:] = 0
@@ -224,9 +222,8 @@ def test_only_a_mean_runs_the_fast_way_and_agrees_with_the_slow_one(tmp_path: Pa
         executor.apply(Injector(mean).faults(faults))
     x = inputs_of("Conv")
     np.testing.assert_allclose(fast.run({"x": x})[0], slow.run({"x": x})[0], rtol=1e-4, atol=1e-4)
-    voted = Injector(median).faults(
-        draw_faults(ChipGeometry.of(median), FaultModel.of_rate(0.3), median.target, seed=1, run=0)
-    )
+    faults = draw_faults(ChipGeometry.of(median), FaultModel.of_rate(0.3), median.target, seed=1, run=0)
+    voted = Injector(median).faults(faults)
     with pytest.raises(FaultRunError, match="need the slow way"):
         fast.apply(voted)
 
