@@ -137,9 +137,10 @@ def logits(tokens: torch.Tensor, p: dict[str, torch.Tensor], shape: Shape, dropo
 def write_passages(options: argparse.Namespace, tokens: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> None:
     """Write the passages that were held out, and some of the others, for pruning to learn from."""
     np.savez_compressed(options.test, tokens=tokens[held_out], labels=labels[held_out])
-    seen = np.random.default_rng(options.seed).choice(np.flatnonzero(~held_out), CALIBRATION, replace=False)
-    np.savez_compressed(options.calibration, tokens=tokens[np.sort(seen)], labels=labels[np.sort(seen)])
-    print(f"{held_out.sum():,} passages in {options.test}, {CALIBRATION} others in {options.calibration}", flush=True)
+    trained = np.flatnonzero(~held_out)
+    some = np.random.default_rng(options.seed).choice(trained, min(CALIBRATION, len(trained)), replace=False)
+    np.savez_compressed(options.calibration, tokens=tokens[np.sort(some)], labels=labels[np.sort(some)])
+    print(f"{held_out.sum():,} passages in {options.test}, {len(some)} others in {options.calibration}", flush=True)
 
 
 def train(options: argparse.Namespace) -> None:
