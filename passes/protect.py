@@ -7,8 +7,9 @@ cell of theirs does most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -61,7 +62,7 @@ def protected(unit: Unit, freed: Sequence[int]) -> Unit:
     for number, layer in enumerate(unit.layers):
         if homes[number] and _can_vote(layer):
             gain = unit.mapped[layer.name].gain
-            _protect_layer(unit.target, arrays, space, homes[number], slices, gain, freed[number])
+            space = _protect_layer(unit.target, arrays, space, homes[number], slices, gain, freed[number])
     return replace(unit, arrays=tuple(arrays), protection=protection_of(slices, unit.options.vote, arrays))
 
 
@@ -74,12 +75,7 @@ class _Home:
     partition: Partition
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one copy lies."""
-
-    array: int
-    copy: Copy
+_Place = tuple[int, Copy]  # an array, and a copy on it
 
 
 def _homes(arrays: Sequence[ArrayPlan], layers: int) -> list[list[_Home]]:
@@ -108,7 +104,10 @@ class _Space:
     """
 
     def __init__(self, free: Integers, empty: int) -> None:
-        self._free, self._empty = free, empty
+        self._rectangles, self._count, self._empty = free, len(free), empty
+        self._of: dict[int, list[int]] = {}
+        for number, array in enumerate(free[:, 0].tolist()):
+            self._of.setdefault(array, []).append(number)
 
     @classmethod
     def beside(cls, target: Target, arrays: Sequence[ArrayPlan]) -> _Space:
@@ -122,23 +121,30 @@ class _Space:
                 free.append((array.id, row, 0, target.rows - row, column))
         return cls(np.array(free, np.int64).reshape(-1, 5), len(arrays))
 
-    def on(self, arrays: Sequence[int]) -> _Space:
-        """Return the free rectangles of some arrays."""
-        return _Space(self._free[np.isin(self._free[:, 0], arrays)], self._empty)
+    @property
+    def free(self) -> Integers:
+        """The rectangles."""
+        return self._rectangles[: self._count]
 
-    def replace(self, arrays: Sequence[int], other: _Space) -> None:
-        """Take over what is left of some arrays."""
-        kept = self._free[~np.isin(self._free[:, 0], arrays)]
-        self._free = np.concatenate([kept, other._free])
+    def on(self, arrays: Sequence[int], more: Iterable[tuple[int, int, int]] = ()) -> _Space:
+        """Return the free rectangles of some arrays, and empty ones: id, rows and columns of each."""
+        own = self.free[np.isin(self.free[:, 0], arrays)]
+        empty = np.array([(array, 0, 0, rows, columns) for array, rows, columns in more], np.int64).reshape(-1, 5)
+        return _Space(np.concatenate([own, empty]), self._empty)
 
-    def add(self, array: int, rows: int, columns: int) -> None:
-        """Add an empty array."""
-        self._free = np.concatenate([self._free, [[array, 0, 0, rows, columns]]])
+    def replaced(self, arrays: Sequence[int], other: _Space) -> _Space:
+        """Return the space with what another one has left of some arrays."""
+        kept = self.free[~np.isin(self.free[:, 0], arrays)]
+        return _Space(np.concatenate([kept, other.on(arrays).free]), self._empty)
+
+    def copy(self) -> _Space:
+        """Return the same space, to try something in."""
+        return _Space(self.free.copy(), self._empty)
 
     def take(self, home: int, height: int, least: int, unit: int, most: int) -> tuple[int, int, int, int, int] | None:
         """Take a rectangle; None where none fits.
 
-        Arrays that hold weights come first, then whole rows rather than some, then the own array.
+        The own array comes first, then others that hold weights; on each, whole rows rather than some.
 
         Args:
             home: The own array.
@@ -150,23 +156,33 @@ class _Space:
         Returns:
             Array, row, column, rows and outputs.
         """
-        array, _, _, tall, wide = self._free.T
+        own = self._of[home]
+        best = self._best(self._rectangles[own], height, least, unit)
+        number = self._best(self.free, height, least, unit) if best is None else own[best]
+        if number is None:
+            return None
+        array, row, column, tall, wide = self._rectangles[number].tolist()
+        rows, outputs = min(tall, height), min(wide // unit, most)
+        columns = outputs * unit
+        self._rectangles[number] = array, row, column + columns, rows, wide - columns
+        if tall > rows:
+            self._append(array, (array, row + rows, column, tall - rows, wide))
+        return array, row, column, rows, outputs
+
+    def _best(self, free: Integers, height: int, least: int, unit: int) -> int | None:
+        """Return the first of the best rectangles that fit."""
+        array, _, _, tall, wide = free.T
         fits = (tall >= least) & (wide >= unit)
         if not fits.any():
             return None
-        rank = 4 * (array >= self._empty) + 2 * (tall < height) + (array != home)
-        best = int(np.argmin(np.where(fits, rank, rank.max() + 1)))
-        number, row, column, tall, wide = self._free[best].tolist()
-        rows, outputs = min(tall, height), min(wide // unit, most)
-        columns = outputs * unit
-        self._free[best] = number, row, column + columns, rows, wide - columns
-        if tall > rows:
-            self._free = np.concatenate([self._free, [[number, row + rows, column, tall - rows, wide]]])
-        return number, row, column, rows, outputs
+        return int(np.argmin(np.where(fits, 2 * (array >= self._empty) + (tall < height), 4)))
 
-    def copy(self) -> _Space:
-        """Return the same space, to try something in."""
-        return _Space(self._free.copy(), self._empty)
+    def _append(self, array: int, rectangle: tuple[int, ...]) -> None:
+        if self._count == len(self._rectangles):
+            self._rectangles = np.concatenate([self._rectangles, np.zeros_like(self._rectangles)])
+        self._rectangles[self._count] = rectangle
+        self._of[array].append(self._count)
+        self._count += 1
 
 
 def _protect_layer(
@@ -177,7 +193,7 @@ def _protect_layer(
     slices: int,
     gain: npt.NDArray[np.float32],
     freed: int,
-) -> None:
+) -> _Space:
     """Give as many outputs of a layer copies as there is room for, those of the largest gain first.
 
     Args:
@@ -188,6 +204,9 @@ def _protect_layer(
         slices: Slices that are copied.
         gain: Of the layer's outputs.
         freed: How many sets of arrays may be added.
+
+    Returns:
+        What is free afterwards.
     """
     model = arrays[homes[0].array]
     set_size = 1 if model.twin is None else 2
@@ -196,20 +215,19 @@ def _protect_layer(
     outputs = np.unique(np.concatenate([home.partition.output_indices for home in homes]))
     order = outputs[np.argsort(-gain[outputs], kind="stable")]
     own = list(dict.fromkeys(home.array for home in homes))
-    there = space.on(own)
-    for k in range(freed):
-        there.add(len(arrays) + k * set_size, target.rows, target.columns)
+    there = space.on(own, ((len(arrays) + k * set_size, target.rows, target.columns) for k in range(freed)))
     unit = slices * len(model.roles)
     found, left = _largest(homes, there, order, unit)
-    used = sorted({place.array for place in found if place.array >= len(arrays)})
-    renamed = {first: len(arrays) + k * set_size for k, first in enumerate(used)}
-    for _ in used:
+    copies: dict[int, list[Copy]] = {}
+    for array, copy in found:
+        copies.setdefault(array, []).append(copy)
+    while len(arrays) <= max(copies, default=-1):  # freed arrays are taken in order
         arrays.extend(list(_empty_set(target, arrays, model)))
-    space.replace(own, left.on(own))
-    for place in found:
-        first = arrays[renamed.get(place.array, place.array)]
-        for array in (first,) if first.twin is None else (first, arrays[first.twin]):
-            arrays[array.id] = msgspec.structs.replace(arrays[array.id], copies=[*arrays[array.id].copies, place.copy])
+    for number, more in copies.items():
+        twin = arrays[number].twin
+        for each in (number,) if twin is None else (number, twin):
+            arrays[each] = msgspec.structs.replace(arrays[each], copies=[*arrays[each].copies, *more])
+    return space.replaced(own, left)
 
 
 def _largest(homes: Sequence[_Home], space: _Space, order: Integers, unit: int) -> tuple[list[_Place], _Space]:
@@ -231,10 +249,11 @@ def _largest(homes: Sequence[_Home], space: _Space, order: Integers, unit: int) 
 def _placed(homes: Sequence[_Home], space: _Space, outputs: Integers, unit: int) -> list[_Place] | None:
     """Place two copies of some outputs of every partition; None where there is no room."""
     found: list[_Place] = []
+    numbers: tuple[Literal[1, 2], ...] = (1, 2)
     for home in homes:
         held = np.array(home.partition.output_indices, np.int64)
         wanted = held[np.isin(held, outputs)]
-        for number in (1, 2):
+        for number in numbers:
             for place in _one_copy(home, space, wanted, number, unit):
                 if place is None:
                     return None
@@ -242,7 +261,9 @@ def _placed(homes: Sequence[_Home], space: _Space, outputs: Integers, unit: int)
     return found
 
 
-def _one_copy(home: _Home, space: _Space, outputs: Integers, number: int, unit: int) -> Iterator[_Place | None]:
+def _one_copy(
+    home: _Home, space: _Space, outputs: Integers, number: Literal[1, 2], unit: int
+) -> Iterator[_Place | None]:
     """Yield the places of one copy of some outputs of a partition, and None where there is no room for all of it."""
     inputs = np.array(home.partition.input_indices, np.int64)
     least = -(-len(inputs) // _MOST_PLACES)
@@ -255,17 +276,8 @@ def _one_copy(home: _Home, space: _Space, outputs: Integers, number: int, unit: 
             return
         array, row, column, rows, count = taken
         spans = {**span_fields("input", inputs[:rows]), **span_fields("output", outputs[:count])}
-        yield _Place(
-            array,
-            Copy(
-                array=home.array,
-                partition=home.position,
-                number=1 if number == 1 else 2,
-                row=row,
-                column=column,
-                **spans,
-            ),
-        )
+        copy = Copy(array=home.array, partition=home.position, number=number, row=row, column=column, **spans)
+        yield array, copy
         if count < len(outputs):
             waiting.append((inputs, outputs[count:]))
         if rows < len(inputs):
