@@ -12,8 +12,9 @@ from rerampile.errors import ConfigError
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
-from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
+from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
+from rerampile.runtime.stuck_cells import StuckCells
 
 __all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
 
