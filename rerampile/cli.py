@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rerampile.deployment import Deployment
+    from rerampile.plan import Vote
     from rerampile.pruning import PrunedModel
     from rerampile.schemes import Scale
 
@@ -267,7 +268,7 @@ def compile_(
     pack: bool,
     spend_spare_arrays: bool,
     protect_msb: int | None,
-    vote: Literal[median, mean],
+    vote: Vote,
     inputs: Path | None,
     tolerance: float | None,
     seed: int,
