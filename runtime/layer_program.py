@@ -14,7 +14,7 @@ from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -28,6 +28,9 @@ STEPS = ("compensate", "assign", "flip", "repair", "gain", "bias")
 
 CALIBRATED = ("repair", "bias")
 """Steps that need to know what layers see."""
+
+UNCALIBRATED = ("compensate", "assign", "flip")
+"""Steps that are good for a chip where nobody knows: a gain fitted to sums of squares often is not."""
 
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
