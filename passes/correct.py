@@ -54,7 +54,7 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     wanted = unit.weights(layer).astype(np.float64)
     held = wanted if mapped.limit is None else np.clip(wanted, -mapped.limit[:, None], mapped.limit[:, None])
     stuck = stuck_cell(unit, mapped.coding)
-    signal = (1 - stuck.probability) * held
+    signal = (1 - stuck.loss) * held
     shift = stuck.shift(mapped.coding) * mapped.gain.astype(np.float64)[:, None]
     there = placed(layer, mapped.nonzero)
     mean = signal + shift * there

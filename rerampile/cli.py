@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.chip_options import fault_rate_options, optional_calibration_options
+from rerampile.chip_options import AskedFault, fault_rate_options, optional_calibration_options
 from rerampile.command import (
     PATH,
     examples,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["main"]
 
@@ -247,7 +246,7 @@ def compile_(
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
-    faults: FaultModel | None,
+    faults: AskedFault | None,
     current_weight: float,
     scale: Literal["channel", "tensor"],
     clip: bool,
@@ -295,7 +294,7 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed or calibrated else None,
+            faults=faults(resolved) if faults is not None and (weighed or calibrated) else None,
             current_weight=current_weight,
             scale=scale,
             clip=clip,

@@ -686,6 +686,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
         compiled_sha256: Its ``plan_sha256``.
         stuck_off: Stuck-off cells of all arrays.
         stuck_on: Stuck-on cells of all arrays.
+        categories: Cells of all arrays that failed in other ways, by name; left out where there are none.
         calibration: Name of the calibration data; null where there were none.
         calibration_images: Images of it.
         steps: Before anything, and after each step that was taken.
@@ -714,6 +715,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     unrepaired_total: Count
     output_error_before: float | None
     output_error: float | None
+    categories: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):

@@ -304,6 +304,7 @@ def _plan(
         compiled_sha256=plan.plan_sha256,
         stuck_off=source.faults.stuck_off,
         stuck_on=source.faults.stuck_on,
+        categories=source.faults.categories or msgspec.UNSET,
         calibration=None if calibration is None else calibration.name,
         calibration_images=0 if calibration is None else calibration.images,
         steps=[

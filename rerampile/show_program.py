@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rerampile.failed_cells import counts_text
 from rerampile.plan import ChipPlan, LayerPlan
 from rerampile.terminal import facts_table, new_table, print_parts, printable
 
@@ -58,7 +59,7 @@ def show_chip(
     number = max(range(len(chip.layers)), key=lambda n: chip.layers[n].errors[-1])
     hit = sum(layer.weights for layer in chip.layers)
     layer, share = printable(layers[number].name), math.sqrt(chip.layers[number].errors[-1])
-    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on"
+    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on{counts_text(chip.categories or {})}"
     after, before = _percent(chip.output_error), _percent(chip.output_error_before)
     facts = [
         ("chip", f"{printable(chip.source)}, number {chip.number}: {stuck}"),

@@ -30,6 +30,7 @@ class CompileOptions:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
         stuck_off: Probability that a cell is stuck off, where anything depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
+        categories: Probabilities of other ways in which cells fail, by name, where there are any.
         current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
         clip: Whether full scales are those of the least expected error.
@@ -48,6 +49,7 @@ class CompileOptions:
     mapping: MappingName
     stuck_off: float | None = None
     stuck_on: float | None = None
+    categories: Mapping[str, float] = field(default_factory=dict)
     current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
     clip: bool = False

@@ -24,8 +24,8 @@ from rerampile.background import side_by_side
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.plan import ArrayPlan, Partition, Plan
 from rerampile.runtime.compensation import HitWeights
-from rerampile.runtime.fault_map import FaultMap
-from rerampile.runtime.inject import StuckCells, column_parts
+from rerampile.runtime.fault_map import ChipGeometry, FaultMap
+from rerampile.runtime.inject import StuckCells, as_read, column_parts
 from rerampile.schemes import Coding, row_chunks
 
 __all__ = ["Assignment", "assigned"]
@@ -68,6 +68,7 @@ def assigned(
         flipping: Whether columns will change roles where that leaves less error.
     """
     plan = deployment.plan
+    read = as_read(deployment.target, ChipGeometry.of(deployment), faults)
     pieces: list[list[_Room]] = [[] for _ in plan.layers]
     for room in _rooms(deployment):
         pieces[room.partition.layer].append(room)
@@ -76,7 +77,7 @@ def assigned(
         if not pieces[number]:
             return []
         layer = _Layer.of(deployment, number, moments.get(number), compensating, flipping)
-        sites = [(room, _Sites.of(deployment, room, layer.coding, faults)) for room in pieces[number]]
+        sites = [(room, _Sites.of(deployment, room, layer.coding, read)) for room in pieces[number]]
         return [(room, *layer.place(room, stuck)) for room, stuck in sites if len(stuck.row)]
 
     partitions = [list(array.partitions) for array in plan.arrays]
@@ -156,22 +157,23 @@ class _Sites:
     stuck_turned: Floats
 
     @classmethod
-    def of(cls, deployment: Deployment, room: _Room, coding: Coding, faults: FaultMap) -> _Sites:
-        """Gather the stuck cells of a room, on its array and its twin."""
+    def of(cls, deployment: Deployment, room: _Room, coding: Coding, read: tuple[Integers, Floats]) -> _Sites:
+        """Gather the stuck cells of a room, on its array and its twin, from all cells and what they are read as."""
         target, layer = deployment.target, deployment.plan.layers[room.partition.layer]
         arrays = [room.array] if room.array.twin is None else [room.array, deployment.plan.arrays[room.array.twin]]
         area, width = target.rows * target.columns, len(room.array.slices) * len(room.array.roles)
+        cells, conductances = read
         position, part, conductance = [], [], []
         for array in arrays:
-            first, last = np.searchsorted(faults.cell, [array.id * area, (array.id + 1) * area])
-            row, column = np.divmod(faults.cell[first:last] - array.id * area, target.columns)
+            first, last = np.searchsorted(cells, [array.id * area, (array.id + 1) * area])
+            row, column = np.divmod(cells[first:last] - array.id * area, target.columns)
             row, (slot, cell) = row - room.partition.row, np.divmod(column - room.partition.column, width)
             inside = np.flatnonzero((row >= 0) & (row < room.rows) & (slot >= 0) & (slot < room.slots))
             position.append(row[inside] * room.slots + slot[inside])
             part.append(column_parts(array, layer)[cell[inside]])
-            conductance.append(faults.conductance[first:last][inside])
+            conductance.append(conductances[first:last][inside])
         none = np.zeros(sum(map(len, part)), np.int64)
-        cells = StuckCells(
+        stuck_cells = StuckCells(
             layer=none,
             at_home=none == 0,
             in_group=none,
@@ -181,7 +183,7 @@ class _Sites:
             conductance=np.concatenate(conductance),
             cell=none,
         )
-        hit = HitWeights.of(coding, cells)
+        hit = HitWeights.of(coding, stuck_cells)
         row, slot = np.divmod(hit.index, room.slots)
         least, most = hit.reach(coding)
         turned = hit.turned(np.ones(len(row), np.bool_)) if coding.cells == 2 else hit

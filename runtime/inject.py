@@ -4,6 +4,8 @@ A stuck cell inside a partition changes one weight. Where a row and a column of 
 not to the same block, the cells at their crossing hold a zero weight, and one that is stuck lets the row's input leak
 into the column: within a group that is more of a weight which the layer has anyway, between groups it is a leak.
 Everywhere else a stuck cell does nothing, since its row is not driven or its column is not read.
+
+What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
+from rerampile.target import Target
 
-__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "column_parts"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "as_read", "column_parts"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -76,6 +79,7 @@ class Injector:
 
     def __init__(self, deployment: Deployment) -> None:
         check_placement(deployment)
+        self._target = deployment.target
         self._places = _Places.of(deployment)
         self._layers = [LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
 
@@ -98,7 +102,10 @@ class Injector:
         Args:
             fault_map: Its stuck cells.
         """
-        stuck = self._places.resolve(fault_map)
+        stuck = self._places.resolve(*as_read(self._target, self._places.geometry, fault_map))
+        if self._target.failed_cells.isolates_pairs:  # which leaves a pair beside the blocks at zero, as it was
+            pairs = np.array([layer.coding.cells == 2 for layer in self._layers])
+            stuck = stuck.take(np.flatnonzero(stuck.at_home | ~pairs[stuck.layer]))
         if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
             stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
@@ -116,7 +123,7 @@ class StuckCells:
         position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
-        conductance: What it is stuck at, siemens.
+        conductance: What it is read as, siemens.
         cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
     """
 
@@ -201,10 +208,15 @@ class _Places:
             column_segment=segments.reshape(-1),
         )
 
-    def resolve(self, fault_map: FaultMap) -> StuckCells:
-        """Return the faults that matter: those on a row and a column of the same layer."""
+    def resolve(self, cell: Integers, conductance: Floats) -> StuckCells:
+        """Return the cells that matter: those on a row and a column of the same layer.
+
+        Args:
+            cell: int64 [cells], as the geometry counts them.
+            conductance: float32 [cells], what each is read as, siemens.
+        """
         geometry = self.geometry
-        row, column = np.divmod(fault_map.cell, geometry.columns)
+        row, column = np.divmod(cell, geometry.columns)
         column += row // geometry.rows * geometry.columns
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
@@ -217,9 +229,18 @@ class _Places:
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
             segment=self.column_segment[column],
-            conductance=fault_map.conductance[matters],
-            cell=fault_map.cell[matters],
+            conductance=conductance[matters],
+            cell=cell[matters],
         )
+
+
+def as_read(target: Target, geometry: ChipGeometry, fault_map: FaultMap) -> tuple[Integers, Floats]:
+    """Return which cells are not read as programmed, ascending, and what they are read as, float32 siemens."""
+    if target.failed_cells.isolates_pairs:
+        cell = np.union1d(fault_map.cell, geometry.other_of_pair(fault_map.cell))
+        return cell, np.zeros(len(cell), np.float32)
+    low, high = np.array(target.failed_limits, np.float32)
+    return fault_map.cell, np.clip(fault_map.conductance, low, high)
 
 
 def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integers]:

@@ -104,11 +104,13 @@ class ChipResult:
         rate: Index of the fault model in the experiment; 0 for chips of a fault map.
         values: Metrics, percent.
         clean: The same metrics of the fault-free deployment on the same images.
-        within: Variance over images of the difference to the clean score, squared points, where images have scores.
+        within: How much the drop varies with the choice of images, times their number, squared points, by metric; see
+            :class:`~rerampile.runtime.metrics.Beside`.
         stuck_off: Cells found stuck off.
         stuck_on: Cells found stuck on.
         non_finite: Images with an output that is not finite.
         by_class: The first of the values by class, where it has classes.
+        categories: Cells found that failed in other ways, by name.
     """
 
     run: int
@@ -120,6 +122,7 @@ class ChipResult:
     stuck_on: int
     non_finite: int
     by_class: dict[str, float]
+    categories: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,6 @@ class Bench:
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
             raise ConfigError(f"--images-per-run {count}: expected 1 to {len(self.images)}, the images that are used")
-        if set(self.clean.scores) != set(self.clean.values):
-            raise ConfigError("--images-per-run: this metric scores all images together; give --images instead")
 
     def _learn(self) -> MetricResult:
         """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first.
@@ -337,31 +338,19 @@ class Bench:
             result = self._score(indices, self.executor)
         finally:
             self.executor.restore()
-        clean, within = self._clean_on(result)
+        beside = self.metric.beside(result, self.clean)
         return ChipResult(
             run=run,
             rate=rate,
             values=result.values,
-            clean=clean,
-            within=within,
+            clean=beside.clean,
+            within=beside.variances,
             stuck_off=found.stuck_off,
             stuck_on=found.stuck_on,
             non_finite=result.non_finite,
             by_class=result.by_class,
+            categories=found.categories,
         )
-
-    def _clean_on(self, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the clean metrics on a chip's images, and the variance over them of what its scores differ by."""
-        if not result.scores:
-            return self.clean.values, {}
-        place = np.searchsorted(self.clean.indices, result.indices)
-        clean, within = dict(self.clean.values), {}
-        for name, scores in result.scores.items():
-            same = self.clean.scores[name][place].astype(np.float64)
-            clean[name] = float(same.mean())
-            difference = same - scores
-            within[name] = float(difference.var(ddof=1)) if len(difference) > 1 else 0.0
-        return clean, within
 
 
 def run_chips(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from rerampile.checks import check_checksums
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import PlanFormatError
+from rerampile.failed_cells import counts_text
 from rerampile.files import PLAN
 from rerampile.runtime.executor import Outputs, open_executor
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps
@@ -32,10 +33,12 @@ def chip_faults(deployment: Deployment) -> FaultMap | None:
     if chip.faults not in deployment.plan.files:
         raise PlanFormatError(f"{deployment.folder / PLAN}: $.chip.faults: '{chip.faults}' is not in $.files")
     maps = read_fault_maps(deployment.folder / chip.faults, deployment)
-    if len(maps) != 1 or (maps[0].stuck_off, maps[0].stuck_on) != (chip.stuck_off, chip.stuck_on):
+    categories = chip.categories or {}
+    expected = (chip.stuck_off, chip.stuck_on, categories)
+    if len(maps) != 1 or (maps[0].stuck_off, maps[0].stuck_on, maps[0].categories) != expected:
         raise PlanFormatError(
             f"{deployment.folder / chip.faults}: expected one chip with {chip.stuck_off} cells stuck off and "
-            f"{chip.stuck_on} stuck on, as the plan says"
+            f"{chip.stuck_on} stuck on{counts_text(categories)}, as the plan says"
         )
     return maps[0]
 

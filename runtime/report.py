@@ -14,7 +14,7 @@ from rerampile.runtime.comparison import Compared, ComparisonReport, Difference,
 from rerampile.runtime.layer_chart import highest, layers_caption, layers_picture
 from rerampile.runtime.pictures import ArrayPicture, chips_picture, rate_text, rates_picture, render, stuck_picture
 from rerampile.runtime.predict import Prediction
-from rerampile.runtime.validation import MetricReport, ValidationReport
+from rerampile.runtime.validation import FaultCounts, MetricReport, ValidationReport
 
 __all__ = ["int8_text", "known_text", "write_report"]
 
@@ -247,12 +247,22 @@ def int8_text(report: ValidationReport) -> str:
     )
 
 
+def _categories_text(faults: FaultCounts) -> str:
+    """Return asked and found fractions of other ways to fail; empty where there are none."""
+    return "".join(
+        f", {name.replace('_', '-')} asked {count.asked:.3g}, found {count.observed:.3g}"
+        for name, count in (faults.categories or {}).items()
+    )
+
+
 def _facts(report: ValidationReport) -> str:
     faults = "; ".join(
         f"{rate_text(r)}: asked {r.faults.stuck_off:.3g} off and {r.faults.stuck_on:.3g} on, found "
         f"{r.faults.observed_off:.3g} and {r.faults.observed_on:.3g} of {r.faults.cells:,} cells"
+        + _categories_text(r.faults)
         for r in report.rates
     )
+    response = report.rates[0].faults.response
     facts = {
         "deployment": report.folder,
         "execution": f"{report.precision}, {report.execution}",
@@ -261,6 +271,7 @@ def _facts(report: ValidationReport) -> str:
         "images": f"{report.images:,}",
         **({"images left out": "; ".join(f"{k}: {v}" for k, v in report.skipped.items())} if report.skipped else {}),
         "faults": faults,
+        **({"failed cells": response.replace("_", " ")} if response else {}),
         "distribution": f"{report.rates[0].distribution}, rates of a {report.rates[0].rate_unit}",
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),
         **({"no chart of layers": report.prediction} if isinstance(report.prediction, str) else {}),

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from rerampile import Deployment, Target, compile_model, verify_deployment
 from rerampile.deployment import layer_coding, partition_blocks
 from rerampile.errors import PlanFormatError
+from rerampile.failed_cells import FailedCells
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends
@@ -129,10 +130,13 @@ def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> 
     return matrix
 
 
-def check_against_simulation(deployment: Deployment, faults: FaultMap) -> list[LayerFaults]:
+def check_against_simulation(
+    deployment: Deployment, faults: FaultMap, read: FaultMap | None = None
+) -> list[LayerFaults]:
+    """``read`` is what the hardware reads, where that is not what cells conduct."""
     found = Injector(deployment).faults(faults)
     for number, layer in enumerate(deployment.plan.layers):
-        expected = simulate(deployment, number, faults)
+        expected = simulate(deployment, number, read or faults)
         coding = layer_coding(deployment.target, layer)
         ulp = 4e-7 * coding.high * max(1.0, float(faults.conductance.max(initial=0)) / coding.g_on)
         gain = deployment.gain(layer)[:, None].astype(np.float64)
@@ -164,6 +168,47 @@ def test_weights_and_leaks_are_what_the_arrays_compute(
     assert found[2].leaks is None
     assert {f.value.dtype for f in found} == {np.dtype(np.float32)}
     assert {f.index.dtype for f in found} == {np.dtype(np.int64)}
+
+
+def as_read(deployment: Deployment, faults: FaultMap) -> FaultMap:
+    """What hardware that bounds or cuts off failed cells reads of them, cell by cell."""
+    target, geometry = deployment.target, ChipGeometry.of(deployment)
+    response, read = target.failed_cells.response, {}
+    for cell, conductance in zip(faults.cell.tolist(), faults.conductance.tolist(), strict=True):
+        read[cell] = min(max(conductance, 5e-6), 120e-6) if response == "bounded" else 0.0
+        id_, row, column = (int(part[0]) for part in geometry.locate(np.array([cell])))
+        array = deployment.plan.arrays[id_]
+        if response == "isolated_pair" and array.twin is not None:
+            read[(array.twin * target.rows + row) * target.columns + column] = 0.0
+        elif response == "isolated_pair" and len(array.roles) == 2:
+            role = column % (2 * len(array.slices)) % 2  # the two roles of a slice are neighbours
+            if role or column + 1 < target.columns:
+                read[cell - 1 if role else cell + 1] = 0.0
+    cells = np.array(sorted(read))
+    values = np.array([read[cell] for cell in cells.tolist()], np.float32)
+    return FaultMap(cell=cells, state=np.ones(len(cells), np.uint8), conductance=values)
+
+
+@pytest.mark.parametrize("response", ["bounded", "isolated_cell", "isolated_pair"])
+@pytest.mark.parametrize("layout", ["adjacent", "twin"])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3), ("table", 2)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_failed_cells_are_read_as_the_hardware_does(
+    scheme: str, kind: str, slices: int, layout: str, response: str, tmp_path: Path
+) -> None:
+    """On arrays with an odd number of columns, of which the last has no neighbour, and packed ones."""
+    failed = FailedCells(response=response, low=5e-6, high=120e-6)
+    target = replace(target_of(CELLS[kind], slices, layout, columns=45), failed_cells=failed)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    faults = random_faults(deployment)
+    plain = replace(deployment, target=replace(target, failed_cells=FailedCells()))
+
+    found = check_against_simulation(deployment, faults, as_read(deployment, faults))
+
+    assert len(found) == 3
+    assert (found[1].leaks is None) == (response == "isolated_pair" and scheme != "offset")
+    more = len(found[2].index) / len(Injector(plain).faults(faults)[2].index)
+    assert more == pytest.approx(1) if scheme == "offset" or response != "isolated_pair" else more >= 1
 
 
 @pytest.mark.parametrize("layout", ["adjacent", "twin"])
