@@ -16,7 +16,7 @@ from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 from rerampile.runtime.stuck_cells import StuckCells
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram", "require_single_copies"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -30,6 +30,9 @@ STEPS = ("compensate", "assign", "flip", "repair", "gain", "bias")
 
 CALIBRATED = ("repair", "bias")
 """Steps that need to know what layers see."""
+
+UNCALIBRATED = ("compensate", "assign", "flip")
+"""Steps that are good for a chip where nobody knows: a gain fitted to sums of squares often is not."""
 
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
