@@ -55,7 +55,7 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     limit = None if mapped.limit is None else mapped.segments.spread(mapped.limit)
     held = wanted if limit is None else np.clip(wanted, -limit, limit)
     stuck = stuck_cell(unit, mapped.coding)
-    signal = (1 - stuck.probability) * held
+    signal = (1 - stuck.loss) * held
     shift = stuck.shift(mapped.coding) * mapped.segments.spread(mapped.gain).astype(np.float64)
     there = placed(layer, mapped.nonzero)
     mean = signal + shift * there

@@ -78,6 +78,7 @@ def check_placement(deployment: Deployment) -> None:
                 raise PlanFormatError(
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
+            _check_places(partition, where)
             _check_flips(plan, partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
@@ -145,7 +146,7 @@ def _paint(
 
 def _check_gain(layer: LayerPlan, inputs: slice | npt.NDArray[np.int64], where: str) -> None:
     """Check that inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
-    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (int(inputs[0]), int(inputs[-1]))
+    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (inputs.min(), inputs.max())
     if np.ptp(layer_segments(layer).number_of(np.array([first, last]))):
         raise PlanFormatError(
             f"{where}: layer '{layer.name}': inputs {first} to {last} on one array are of two segments, which have "
@@ -166,11 +167,26 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
     if span is not None:
         return slice(*span)
     indices = np.array(listed, np.int64)
-    if axis == "output" and isinstance(part, Partition):  # other orders are those of programmed chips
+    if isinstance(part, Partition):  # other orders are those of programmed chips
         indices = np.sort(indices)
     if (np.diff(indices) <= 0).any():
-        raise PlanFormatError(f"{where}: {axis}_index is not ascending")
+        wrong = "lists one twice" if isinstance(part, Partition) else "is not ascending"
+        raise PlanFormatError(f"{where}: {axis}_index {wrong}")
     return indices
+
+
+def _check_places(partition: Partition, where: str) -> None:
+    """Check that rows and columns of inputs and outputs that are listed are as many, ascending, and of one group."""
+    for name, listed, count in (
+        ("input_rows", partition.input_rows, partition.input_count),
+        ("output_slots", partition.output_slots, partition.output_count),
+    ):
+        if listed is None:
+            continue
+        if partition.groups[1] - partition.groups[0] != 1:
+            raise PlanFormatError(f"{where}: {name} of a partition of several groups, whose blocks leave nothing free")
+        if len(listed) != count or any(b <= a for a, b in itertools.pairwise(listed)):
+            raise PlanFormatError(f"{where}: {name} {reprlib.repr(listed)}, expected {count} numbers, ascending")
 
 
 def _check_flips(plan: Plan, partition: Partition, where: str) -> None:

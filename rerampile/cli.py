@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rerampile.chip_options import correction_options, fault_rate_options, optional_calibration_options
+from rerampile.chip_options import AskedFault, correction_options, fault_rate_options, optional_calibration_options
 from rerampile.command import (
     PATH,
     examples,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
-    from rerampile.runtime.faults import FaultModel
     from rerampile.schemes import Scale
 
 __all__ = ["main"]
@@ -238,7 +237,7 @@ def compile_(
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
-    faults: FaultModel | None,
+    faults: AskedFault | None,
     current_weight: float,
     scale: Scale,
     corrections: dict[str, Any],
@@ -285,7 +284,7 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed or calibrated else None,
+            faults=faults(resolved) if faults is not None and (weighed or calibrated) else None,
             current_weight=current_weight,
             scale=scale,
             **corrections,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rerampile.chip_options import (
+    AskedFaults,
     correction_options,
     data_options,
     effort_options,
@@ -32,7 +33,6 @@ from rerampile.command import (
 from rerampile.interruption import cleaned_up
 
 if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
     from rerampile.schemes import MappingName, Scale
 
 __all__ = ["compare"]
@@ -79,7 +79,7 @@ def compare(
     drop: float,
     data: dict[str, Any],
     metric: dict[str, Any],
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     seed: int,
     effort: dict[str, Any],
     execution: dict[str, Any],
@@ -91,11 +91,11 @@ def compare(
 
     SOURCES are deployment folders, or one model with --mappings. The first is the reference: how many times its
     failure rate do the others tolerate? --clip and --correct learn from --calibration, or the data's training images.
-    Finished chips are kept in the report's folder: interrupted, the same command
-    goes on.
+    Finished chips are kept in the report's folder: interrupted, the same command goes on.
     """
     import msgspec
 
+    from rerampile.deployment import load_deployment
     from rerampile.runtime.comparison import check_alike, check_drop
     from rerampile.runtime.comparison import compare as compare_validations
     from rerampile.runtime.data import training_split
@@ -116,14 +116,18 @@ def compare(
     check_drop(drop)
     place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
     if mappings is not None:
-        worst = max(faults, key=lambda model: model.rate)
+        resolved = Target.load(target, settings)
+        worst = max(faults(resolved), key=lambda model: model.rate)
         seen = {**data, "data": execution["calibration"] or training_split(data["data"])}
-        options = {"target": Target.load(target, settings), "faults": worst, **corrections}
+        options = {"target": resolved, "faults": worst, **corrections}
         folders = _compiled(sources[0], _forms(mappings, scale), place, options, seen)
         if any(corrections.values()) and execution["precision"] == "fp32":
             execution = {**execution, "calibration": None}  # it has had its effect
     experiments = [
-        Experiment(folder=folder, faults=faults, seed=seed, **data, **metric, **execution) for folder in folders
+        Experiment(
+            folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data, **metric, **execution
+        )
+        for folder in folders
     ]
     validations = []
     for experiment in experiments:

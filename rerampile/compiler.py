@@ -80,7 +80,7 @@ def compile_model(
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
         faults: For ``optimal``, ``auto``, ``clip`` and ``correct``, how likely a cell is stuck; a failure rate of 0.001
-            where None.
+            where None, split as the target says.
         current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
             worth.
         scale: One full scale for each tensor, for each output channel, or for each output channel on each array.
@@ -110,7 +110,7 @@ def compile_model(
     known = known_mapping(mapping or resolved.mapping)
     options = CompileOptions(
         mapping=known,
-        **_weighing(known, faults, current_weight, calibrated=clip or correct),
+        **_weighing(known, resolved, faults, current_weight, calibrated=clip or correct),
         scale=known_scale(scale),
         clip=clip,
         correct=correct,
@@ -366,8 +366,8 @@ def _move_into_place(folder: Path, out: Path) -> None:
 
 
 def _weighing(
-    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, calibrated: bool
-) -> dict[str, float]:
+    mapping: MappingName, target: Target, faults: FaultModel | None, current_weight: float, *, calibrated: bool
+) -> dict[str, Any]:
     """Return the options that weigh schemes and full scales, where the mapping or clipping depends on them.
 
     Raises:
@@ -384,7 +384,7 @@ def _weighing(
     what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip and --correct"
     from rerampile.runtime.faults import FaultModel  # brings half of scipy
 
-    faults = faults or FaultModel.of_rate(0.001)
+    faults = faults or FaultModel.of_target(0.001, target)
     if not _LEAST_RATE <= faults.rate <= 1 - _LEAST_RATE:
         raise ConfigError(
             f"{what}: {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where there is "
@@ -397,7 +397,12 @@ def _weighing(
         )
     if not 0 <= current_weight <= 1:
         raise ConfigError(f"--current-weight {current_weight:g}: expected a number from 0 to 1")
-    return {"stuck_off": faults.stuck_off, "stuck_on": faults.stuck_on, "current_weight": float(current_weight)}
+    return {
+        "stuck_off": faults.stuck_off,
+        "stuck_on": faults.stuck_on,
+        "categories": faults.categories,
+        "current_weight": float(current_weight),
+    }
 
 
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:

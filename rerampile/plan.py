@@ -425,8 +425,12 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         groups: The layer's groups.
         inputs: Range of inputs, in row order.
         outputs: Range of outputs, in column order.
-        input_index: The inputs, ascending, where they are no range.
+        input_index: The inputs in row order, where they are no range; ascending but where a chip was programmed.
         output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
+        input_rows: Where a chip was programmed and rows between were left free: the row of each input, counted from
+            ``row``, ascending. Of partitions of one group.
+        output_slots: Where columns between were left free: the place of each output, counted from ``column`` in outputs
+            (of ``width`` columns each), ascending. Of partitions of one group.
         replica: Number of the copy, for layers held several times for throughput.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
@@ -441,8 +445,20 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
     outputs: Range | None = None
     input_index: list[Count] | None = None
     output_index: list[Count] | None = None
+    input_rows: list[Count] | None = None
+    output_slots: list[Count] | None = None
     replica: Count = 0
     flipped: list[Count] | None = None
+
+    @property
+    def row_places(self) -> list[int]:
+        """The rows of a group's inputs, counted from its first."""
+        return list(range(self.input_count)) if self.input_rows is None else self.input_rows
+
+    @property
+    def slot_places(self) -> list[int]:
+        """The places of a group's outputs, counted from its first, in outputs."""
+        return list(range(self.output_count)) if self.output_slots is None else self.output_slots
 
 
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
@@ -602,16 +618,18 @@ class ChipStep(_Record, kw_only=True, frozen=True):
     """What one step of programming left of the errors of a chip.
 
     Attributes:
-        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``,
-            ``repair`` or ``gain``.
+        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``, ``repair``,
+            ``gain`` or ``bias``.
         error: Root of the mean over layers of the squared relative errors, all layers counting alike.
         touched: Healthy cells whose target differs from the compiled one, after this step.
+        moved: Inputs and outputs of partitions that another row or other columns have been given, after this step.
         flipped: Column segments with changed roles, after this step.
     """
 
-    step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
+    step: Literal["none", "compensate", "assign", "flip", "repair", "gain", "bias"]
     error: float
     touched: Count
+    moved: Count
     flipped: Count
 
 
@@ -627,6 +645,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
         measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
         energy: That of the compiled weights.
         errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``.
+        bias: Initializer of ``deployed.onnx`` whose values step ``bias`` has shifted; null where none.
+        shift: What was added to it, for each output; empty where there is none.
     """
 
     stuck: Count
@@ -636,6 +656,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
     measure: Literal["moments", "plain"]
     energy: float
     errors: list[float]
+    bias: str | None
+    shift: list[float]
 
 
 class Unrepaired(_Record, kw_only=True, frozen=True):
@@ -648,6 +670,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
         wanted: The weight that was compiled.
         found: What the chip reads.
         share: Its squared error by the layer's measure (without cross terms), as a share of the layer's energy.
+        array: The array of its stuck cell; of the first, where several are stuck.
+        row: The cell's row there.
+        column: Its column.
     """
 
     layer: Count
@@ -656,6 +681,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
     wanted: float
     found: float
     share: float
+    array: Count
+    row: Count
+    column: Count
 
 
 class ChipPlan(_Record, kw_only=True, frozen=True):
@@ -666,9 +694,11 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
         source: Name of the fault map that was given.
         source_sha256: Hash of that file.
         number: Number of the chip in it.
-        compiled_sha256: ``plan_sha256`` of the deployment that was programmed.
+        compiled: Name of the folder of the deployment that was programmed.
+        compiled_sha256: Its ``plan_sha256``.
         stuck_off: Stuck-off cells of all arrays.
         stuck_on: Stuck-on cells of all arrays.
+        categories: Cells of all arrays that failed in other ways, by name; left out where there are none.
         calibration: Name of the calibration data; null where there were none.
         calibration_images: Images of it.
         steps: Before anything, and after each step that was taken.
@@ -685,6 +715,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     source: str
     source_sha256: Sha256
     number: Count
+    compiled: str
     compiled_sha256: Sha256
     stuck_off: Count
     stuck_on: Count
@@ -696,6 +727,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     unrepaired_total: Count
     output_error_before: float | None
     output_error: float | None
+    categories: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):

@@ -90,6 +90,8 @@ def _options(unit: Unit) -> dict[str, Any]:
     """Return the resolved options; files by name only, so that the plan does not depend on where they lie."""
     options = dataclasses.asdict(unit.options)
     options.pop("keep_stages")
+    if not options["categories"]:
+        del options["categories"]
     if unit.calibration is None:
         options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}

@@ -14,6 +14,7 @@ import onnx
 
 from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
 from rerampile.deployment import Deployment, layer_coding
+from rerampile.digital_bias import check_shifts
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
@@ -98,6 +99,7 @@ def check_nodes(deployment: Deployment) -> None:
         model = onnx.load_model(deployment.model_path, load_external_data=False)
     except google.protobuf.message.DecodeError as error:
         raise PlanFormatError(f"{deployment.model_path}: not an ONNX model: protobuf cannot parse it") from error
+    check_shifts(deployment, model)
     layers = _layer_by_gain(deployment, model)
     digital: list[tuple[str, str]] = []
     calls: list[list[tuple[str, str]]] = [[] for _ in deployment.plan.layers]

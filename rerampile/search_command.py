@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rerampile.chip_options import (
+    AskedFaults,
     correction_options,
     data_options,
     family,
@@ -25,7 +26,6 @@ from rerampile.interruption import cleaned_up
 from rerampile.prune_command import open_calibration, pruning_options
 
 if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
     from rerampile.runtime.progressive import SearchStep
     from rerampile.schemes import Scale
 
@@ -111,7 +111,7 @@ def search(
     mapping: str | None,
     scale: Scale,
     corrections: dict[str, Any],
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     data: dict[str, Any],
     metric: dict[str, Any],
     selection: str | None,
@@ -145,14 +145,16 @@ def search(
     from rerampile.searcher import DEPLOYMENT, UNFINISHED, SearchRequest, remove_unfinished, search_model
     from rerampile.target import Target
 
-    if len(faults) != 1:
+    resolved = Target.load(target, settings)
+    models = faults(resolved)
+    if len(models) != 1:
         raise click.UsageError("--failure-rate: expected the one rate to search for")
-    reported = Experiment(folder=Path(), faults=faults, seed=seed, **data, **metric)
+    reported = Experiment(folder=Path(), faults=models, seed=seed, **data, **metric)
     selected = selection or training_split(reported.data)
     learned = {**data, "data": calibration or data["data"], "images": calibration_images}
     request = SearchRequest(
         model=model,
-        target=Target.load(target, settings),
+        target=resolved,
         mapping=mapping,
         scale=scale,
         **corrections,

@@ -322,7 +322,7 @@ def _held(plan: Plan, partition: Partition) -> str:
     if known:
         layer = plan.layers[partition.layer]
         name = printable(layer.name) + _groups(partition, layer.groups)
-    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(sorted(partition.output_indices))}"
+    matrix = f"inputs {_ranges(sorted(partition.input_indices))}, outputs {_ranges(sorted(partition.output_indices))}"
     return f"{name}, {matrix}, at row {partition.row}, column {partition.column}"
 
 
@@ -352,13 +352,13 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
     for partition in array.partitions:
         blocks = list(partition_blocks(partition, width))
         for _, rows, columns in blocks:
-            used[rows, columns] = True
+            used[np.ix_(rows, columns)] = True
         layer = plan.layers[partition.layer]
         table.add_row(
             printable(layer.name) + _groups(partition, layer.groups),
-            f"{blocks[0][1].start}-{blocks[-1][1].stop - 1}",
-            f"{blocks[0][2].start}-{blocks[-1][2].stop - 1}",
-            _ranges(partition.input_indices),
+            f"{blocks[0][1][0]}-{blocks[-1][1][-1]}",
+            f"{blocks[0][2][0]}-{blocks[-1][2][-1]}",
+            _ranges(sorted(partition.input_indices)),
             _ranges(sorted(partition.output_indices)),
         )
     siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)

@@ -31,6 +31,7 @@ class CompileOptions:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
         stuck_off: Probability that a cell is stuck off, where anything depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
+        categories: Probabilities of other ways in which cells fail, by name, where there are any.
         current_weight: What read current counts beside error, for the same mappings.
         scale: What one full scale of the cells is for.
         clip: Whether full scales are those of the least expected error.
@@ -49,6 +50,7 @@ class CompileOptions:
     mapping: MappingName
     stuck_off: float | None = None
     stuck_on: float | None = None
+    categories: Mapping[str, float] = field(default_factory=dict)
     current_weight: float = 0.0
     scale: Scale = "channel"
     clip: bool = False

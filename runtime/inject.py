@@ -4,6 +4,8 @@ A stuck cell inside a partition changes one weight. Where a row and a column of 
 not to the same block, the cells at their crossing hold a zero weight, and one that is stuck lets the row's input leak
 into the column: within a group that is more of a weight which the layer has anyway, between groups it is a leak.
 Everywhere else a stuck cell does nothing, since its row is not driven or its column is not read.
+
+What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.checks import check_placement
-from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments, lines
 from rerampile.plan import ArrayPlan, LayerPlan, Partition
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.schemes import Coding
 from rerampile.segments import Segments
+from rerampile.target import Target
 
-__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "as_read", "column_parts"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -77,6 +80,7 @@ class Injector:
 
     def __init__(self, deployment: Deployment) -> None:
         check_placement(deployment)
+        self._target = deployment.target
         self._places = _Places.of(deployment)
         self._layers = [LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
 
@@ -99,7 +103,10 @@ class Injector:
         Args:
             fault_map: Its stuck cells.
         """
-        stuck = self._places.resolve(fault_map)
+        stuck = self._places.resolve(*as_read(self._target, self._places.geometry, fault_map))
+        if self._target.failed_cells.isolates_pairs:  # which leaves a pair beside the blocks at zero, as it was
+            pairs = np.array([layer.coding.cells == 2 for layer in self._layers])
+            stuck = stuck.take(np.flatnonzero(stuck.at_home | ~pairs[stuck.layer]))
         if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
             stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
@@ -118,7 +125,8 @@ class StuckCells:
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
         input_segment: Which of the layer's ranges of inputs that column sums, so which gain its sum has.
-        conductance: What it is stuck at, siemens.
+        conductance: What it is read as, siemens.
+        cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
     """
 
     layer: Integers
@@ -129,6 +137,7 @@ class StuckCells:
     segment: Integers
     input_segment: Integers
     conductance: Floats
+    cell: Integers
 
     def take(self, which: Integers | slice) -> StuckCells:
         """Return some of them."""
@@ -178,14 +187,14 @@ class _Places:
             first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
             for partition in array.partitions:
                 layer = plan.layers[partition.layer]
-                height, width = _extent(partition, array)
+                height, width = lines(partition, len(array.slices) * len(array.roles))
                 first = len(block_layer)
                 block_layer += [partition.layer] * (partition.groups[1] - partition.groups[0])
                 group, input_ = _numbered(partition, partition.input_indices)
                 rows[:, array.id, height] = group - partition.groups[0] + first, group, input_
                 group, output = _numbered(partition, partition.output_indices)
                 start = (group * layer.outputs + output) * layer.inputs
-                part = _parts(array, layer)
+                part = column_parts(array, layer)
                 columns[:, array.id, width] = np.repeat([group - partition.groups[0] + first, start], len(part), axis=1)
                 flips = np.repeat(flipped_outputs(partition), len(part))
                 parts[array.id, width] = np.tile(part, len(output)) ^ flips
@@ -207,10 +216,15 @@ class _Places:
             column_input_segment=input_segments.reshape(-1),
         )
 
-    def resolve(self, fault_map: FaultMap) -> StuckCells:
-        """Return the faults that matter: those on a row and a column of the same layer."""
+    def resolve(self, cell: Integers, conductance: Floats) -> StuckCells:
+        """Return the cells that matter: those on a row and a column of the same layer.
+
+        Args:
+            cell: int64 [cells], as the geometry counts them.
+            conductance: float32 [cells], what each is read as, siemens.
+        """
         geometry = self.geometry
-        row, column = np.divmod(fault_map.cell, geometry.columns)
+        row, column = np.divmod(cell, geometry.columns)
         column += row // geometry.rows * geometry.columns
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
@@ -224,15 +238,18 @@ class _Places:
             part=self.column_part[column],
             segment=self.column_segment[column],
             input_segment=self.column_input_segment[column],
-            conductance=fault_map.conductance[matters],
+            conductance=conductance[matters],
+            cell=cell[matters],
         )
 
 
-def _extent(partition: Partition, array: ArrayPlan) -> tuple[slice, slice]:
-    """Return the rows and the columns that a partition spans on its array."""
-    groups, width = partition.groups[1] - partition.groups[0], len(array.slices) * len(array.roles)
-    rows, columns = groups * partition.input_count, groups * partition.output_count * width
-    return slice(partition.row, partition.row + rows), slice(partition.column, partition.column + columns)
+def as_read(target: Target, geometry: ChipGeometry, fault_map: FaultMap) -> tuple[Integers, Floats]:
+    """Return which cells are not read as programmed, ascending, and what they are read as, float32 siemens."""
+    if target.failed_cells.isolates_pairs:
+        cell = np.union1d(fault_map.cell, geometry.other_of_pair(fault_map.cell))
+        return cell, np.zeros(len(cell), np.float32)
+    low, high = np.array(target.failed_limits, np.float32)
+    return fault_map.cell, np.clip(fault_map.conductance, low, high)
 
 
 def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integers]:
@@ -241,7 +258,7 @@ def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integ
     return np.repeat(groups, len(indices)), np.tile(np.array(indices), len(groups))
 
 
-def _parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
+def column_parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
     """Return slice * cells + role of each column of one output."""
     cells = [0 if role == "plus" else 1 for role in array.roles]
     return np.array([k * layer.cells + cell for k in array.slices for cell in cells])

@@ -205,10 +205,11 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
 
     Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer.
     """
-    coding, cell = layer_coding(deployment.target, layer), deployment.target.cell
+    target, coding = deployment.target, layer_coding(deployment.target, layer)
+    low, high = target.failed_limits
     ends = [
-        max(0.0, stuck.mean + side * _DEVIATIONS * stuck.spread)
-        for stuck in (cell.stuck_off, cell.stuck_on)
+        min(max(failure.mean + side * _DEVIATIONS * failure.spread, low), high)
+        for failure in target.failures.values()
         for side in (-1, 1)
     ]
     all_levels = coding.steps / (coding.g_on - coding.g_off)

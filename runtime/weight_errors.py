@@ -76,21 +76,16 @@ class LayerErrors:
 
     def stuck(self, model: FaultModel) -> StuckCell:
         """Return how one of the layer's cells fails."""
-        return StuckCell.of(
-            self._deployment.target.cell,
-            self._coding,
-            stuck_off=model.stuck_off,
-            stuck_on=model.stuck_on,
-            by_weight=model.rate_unit == "weight",
-        )
+        by_weight = model.rate_unit == "weight"
+        return StuckCell.of(self._deployment.target, self._coding, model.probabilities, by_weight=by_weight)
 
     def shift(self, model: FaultModel) -> float:
-        """Return what the mean error of each weight is beside ``-p w``, in units of its gain."""
+        """Return what the mean error of each weight is beside what it loses, in units of its gain."""
         return self.stuck(model).shift(self._coding)
 
     def mean_weights(self, model: FaultModel) -> Floats:
         """Return each weight as it is on average, float32 [groups * outputs, inputs]; leaks have no part in it."""
-        mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).probability)
+        mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).loss)
         shift = np.float32(self.shift(model)) * self._segments.spread(self._gain)
         return mean + shift * self._placed.reshape(mean.shape) if shift.any() else mean
 

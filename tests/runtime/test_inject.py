@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from rerampile import Deployment, Target, compile_model, verify_deployment
 from rerampile.deployment import layer_coding, layer_segments, partition_blocks
 from rerampile.errors import PlanFormatError
+from rerampile.failed_cells import FailedCells
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends
@@ -136,10 +137,13 @@ def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> 
     return matrix
 
 
-def check_against_simulation(deployment: Deployment, faults: FaultMap) -> list[LayerFaults]:
+def check_against_simulation(
+    deployment: Deployment, faults: FaultMap, read: FaultMap | None = None
+) -> list[LayerFaults]:
+    """``read`` is what the hardware reads, where that is not what cells conduct."""
     found = Injector(deployment).faults(faults)
     for number, layer in enumerate(deployment.plan.layers):
-        expected = simulate(deployment, number, faults)
+        expected = simulate(deployment, number, read or faults)
         coding = layer_coding(deployment.target, layer)
         ulp = 4e-7 * coding.high * max(1.0, float(faults.conductance.max(initial=0)) / coding.g_on)
         gain = deployment.gain(layer).reshape(len(expected), -1).max(axis=1, keepdims=True).astype(np.float64)
@@ -186,6 +190,47 @@ def test_each_partition_has_a_gain_of_its_own(scheme: str, kind: str, slices: in
     if not pack:
         joined = two_arrays_in_one(deployment)
         check_against_simulation(joined, random_faults(joined))
+
+
+def as_read(deployment: Deployment, faults: FaultMap) -> FaultMap:
+    """What hardware that bounds or cuts off failed cells reads of them, cell by cell."""
+    target, geometry = deployment.target, ChipGeometry.of(deployment)
+    response, read = target.failed_cells.response, {}
+    for cell, conductance in zip(faults.cell.tolist(), faults.conductance.tolist(), strict=True):
+        read[cell] = min(max(conductance, 5e-6), 120e-6) if response == "bounded" else 0.0
+        id_, row, column = (int(part[0]) for part in geometry.locate(np.array([cell])))
+        array = deployment.plan.arrays[id_]
+        if response == "isolated_pair" and array.twin is not None:
+            read[(array.twin * target.rows + row) * target.columns + column] = 0.0
+        elif response == "isolated_pair" and len(array.roles) == 2:
+            role = column % (2 * len(array.slices)) % 2  # the two roles of a slice are neighbours
+            if role or column + 1 < target.columns:
+                read[cell - 1 if role else cell + 1] = 0.0
+    cells = np.array(sorted(read))
+    values = np.array([read[cell] for cell in cells.tolist()], np.float32)
+    return FaultMap(cell=cells, state=np.ones(len(cells), np.uint8), conductance=values)
+
+
+@pytest.mark.parametrize("response", ["bounded", "isolated_cell", "isolated_pair"])
+@pytest.mark.parametrize("layout", ["adjacent", "twin"])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3), ("table", 2)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_failed_cells_are_read_as_the_hardware_does(
+    scheme: str, kind: str, slices: int, layout: str, response: str, tmp_path: Path
+) -> None:
+    """On arrays with an odd number of columns, of which the last has no neighbour, and packed ones."""
+    failed = FailedCells(response=response, low=5e-6, high=120e-6)
+    target = replace(target_of(CELLS[kind], slices, layout, columns=45), failed_cells=failed)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    faults = random_faults(deployment)
+    plain = replace(deployment, target=replace(target, failed_cells=FailedCells()))
+
+    found = check_against_simulation(deployment, faults, as_read(deployment, faults))
+
+    assert len(found) == 3
+    assert (found[1].leaks is None) == (response == "isolated_pair" and scheme != "offset")
+    more = len(found[2].index) / len(Injector(plain).faults(faults)[2].index)
+    assert more == pytest.approx(1) if scheme == "offset" or response != "isolated_pair" else more >= 1
 
 
 @pytest.mark.parametrize("scale", ["channel", "partition"])
@@ -255,7 +300,7 @@ def test_no_faults_and_faults_of_spare_cells_do_nothing(tmp_path: Path) -> None:
     for array in deployment.plan.arrays:
         for partition in array.partitions:
             blocks = list(partition_blocks(partition, 2))
-            used[array.id, blocks[0][1].start : blocks[-1][1].stop, blocks[0][2].start : blocks[-1][2].stop] = True
+            used[array.id, blocks[0][1][0] : blocks[-1][1][-1] + 1, blocks[0][2][0] : blocks[-1][2][-1] + 1] = True
     spare = np.flatnonzero(~used.reshape(-1))
     state = np.full(len(spare), STUCK_ON, np.uint8)
     all_spare = FaultMap(cell=spare, state=state, conductance=stuck_ends(deployment.target, state))
