@@ -27,7 +27,12 @@ PAGE = ROOT / "docs" / "plan-format.md"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
 
-LEFT_OUT = {"LayerPlan": ("clip", "correction", "segments"), "ChipPlan": ("categories",), "Target": ("failed_cells",)}
+LEFT_OUT = {
+    "LayerPlan": ("clip", "correction", "copies", "segments"),
+    "Totals": ("arrays_spent",),
+    "ChipPlan": ("categories",),
+    "Target": ("failed_cells",),
+}
 """Fields of records that write out all others."""
 
 Definition = dict[str, Any]

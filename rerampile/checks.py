@@ -52,7 +52,9 @@ def _compare_hashes(path: Path, found: str, expected: str) -> None:
 
 
 def check_placement(deployment: Deployment) -> None:
-    """Check that every weight sits in exactly one place and that no two partitions share a row or a column.
+    """Check that every weight sits in exactly one place, in one of each copy where there are several.
+
+    No two partitions may share a row or a column.
 
     Raises:
         PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ, or
@@ -79,6 +81,8 @@ def check_placement(deployment: Deployment) -> None:
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
             _check_places(partition, where)
+            if partition.copy >= (copies := plan.layers[partition.layer].copy_count):
+                raise PlanFormatError(f"{where}: copy {partition.copy}, expected 0 to {copies - 1}")
             _check_flips(plan, partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
@@ -90,7 +94,7 @@ def check_placement(deployment: Deployment) -> None:
     for number, part in _parts(plan):
         parts[number].append(part)
     for layer, own in zip(plan.layers, parts, strict=True):
-        _check_cover(layer, own)
+        _check_copies(layer, own)
 
 
 # A group of a layer, a rectangle of its matrix, and where the plan has it.
@@ -106,6 +110,22 @@ def _parts(plan: Plan) -> Iterator[tuple[int, _Part]]:
                     yield partition.layer, (group, partition, f"$.arrays[{number}]")
     for number, region in enumerate(plan.skipped):
         yield region.layer, (region.group, region, f"$.skipped[{number}]")
+
+
+def _check_copies(layer: LayerPlan, parts: list[_Part]) -> None:
+    """Check each copy of a layer; what takes no cells takes none in any of them."""
+    copies: dict[int, list[_Part]] = {}
+    for part in parts:
+        if isinstance(part[1], Partition):
+            copies.setdefault(part[1].copy, []).append(part)
+    if layer.copy_count > max(1, len(copies)):
+        missing = next(copy for copy in range(layer.copy_count) if copy not in copies)
+        raise PlanFormatError(
+            f"layer '{layer.name}': copy {missing} of {layer.copy_count} sits on no array, expected some for each"
+        )
+    skipped = [part for part in parts if isinstance(part[1], Region)]
+    for placed in copies.values() or [[]]:
+        _check_cover(layer, placed + skipped)
 
 
 def _check_cover(layer: LayerPlan, parts: list[_Part]) -> None:

@@ -176,8 +176,8 @@ _RATE_OPTION = click.option(
     "rate",
     metavar="F",
     type=float,
-    help="Fraction of cells that is stuck, for mappings optimal and auto, --clip and --correct.  [default: "
-    f"{_DEFAULT_RATES[0]}]",
+    help="Fraction of cells that is stuck, for mappings optimal and auto, --clip, --correct and --spend-spare-arrays.  "
+    f"[default: {_DEFAULT_RATES[0]}]",
 )
 
 

@@ -215,6 +215,11 @@ def main() -> None:
 @optional_calibration_options
 @click.option("--masks", metavar="FILE", type=PATH, help="Zero what an .npz or .safetensors file of masks says.")
 @click.option("--pack", is_flag=True, help="Let small partitions share arrays.")
+@click.option(
+    "--spend-spare-arrays",
+    is_flag=True,
+    help="Put further copies of the layers that stuck cells hurt most on arrays left over, and average all copies.",
+)
 @click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
 @click.option(
     "--tolerance",
@@ -246,6 +251,7 @@ def compile_(
     data: dict[str, Any],
     masks: Path | None,
     pack: bool,
+    spend_spare_arrays: bool,
     inputs: Path | None,
     tolerance: float | None,
     seed: int,
@@ -261,7 +267,7 @@ def compile_(
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    calibrated, given = any(corrections.values()), data["data"] is not None
+    calibrated, given = any(corrections.values()) or spend_spare_arrays, data["data"] is not None
     if corrections["correct"] and not given:
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
     if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
@@ -293,6 +299,7 @@ def compile_(
             prune=None if pruned else prune,
             masks=masks,
             pack=pack,
+            spend_spare_arrays=spend_spare_arrays,
             inputs=inputs,
             tolerance=tolerance,
             seed=seed,
@@ -419,7 +426,7 @@ def verify(folder: Path, as_json: bool) -> None:
     "-v",
     "--verbose",
     is_flag=True,
-    help="List every array and every digital node, and what schemes and full scales were weighed.",
+    help="List every array and every digital node, and what schemes, full scales and copies were weighed.",
 )
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
@@ -431,7 +438,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_calibrated, show_choices
+        from rerampile.show_mapping import show_calibrated, show_choices, show_copies
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -443,6 +450,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             if verbose:
                 show_choices(console(), read)
                 show_calibrated(console(), read)
+                show_copies(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

@@ -28,6 +28,7 @@ __all__ = [
     "ChipStep",
     "ClipPlan",
     "Conventions",
+    "CopiesPlan",
     "CorrectionPlan",
     "DigitalPlan",
     "FileRecord",
@@ -288,6 +289,24 @@ class CorrectionPlan(_Record, kw_only=True, frozen=True):
     error_uncorrected: float
 
 
+class CopiesPlan(_Record, kw_only=True, frozen=True):
+    """How often a layer is held, its copies averaged.
+
+    Errors are what is expected to differ from chip to chip in the layer's products, squared, as a share of the squared
+    products of the user's weights on the calibration images; where there were no images, or none show the layer's
+    inputs, for inputs of one size that have nothing in common. Mean errors, which copies share, are not counted.
+
+    Attributes:
+        count: Copies. Each holds every weight in cells of its own; the weights that are read are the mean of them all.
+        error: Expected of the mean of the copies, ``error_single / count``.
+        error_single: Expected of one copy.
+    """
+
+    count: Annotated[int, Meta(ge=1)]
+    error: float
+    error_single: float
+
+
 class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells.
 
@@ -327,6 +346,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
             stuck.
         clip: How its full scales were chosen; left out where they are the largest magnitudes.
         correction: What makes up for mean errors; left out where nothing does.
+        copies: How often it is held on arrays, to be averaged; left out where spare arrays were not to be spent, so
+            that it is held once.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -363,9 +384,15 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     choice: MappingChoice | None = None
     clip: ClipPlan | msgspec.UnsetType = msgspec.UNSET
     correction: CorrectionPlan | msgspec.UnsetType = msgspec.UNSET
+    copies: CopiesPlan | msgspec.UnsetType = msgspec.UNSET
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []
+
+    @property
+    def copy_count(self) -> int:
+        """How many copies are averaged; 1 where there is but one."""
+        return self.copies.count if isinstance(self.copies, CopiesPlan) else 1
 
     @property
     def view(self) -> MatrixView:
@@ -431,7 +458,8 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
             ``row``, ascending. Of partitions of one group.
         output_slots: Where columns between were left free: the place of each output, counted from ``column`` in outputs
             (of ``width`` columns each), ascending. Of partitions of one group.
-        replica: Number of the copy, for layers held several times for throughput.
+        replica: Number of the replica, for layers held several times for throughput: each serves other inputs.
+        copy: Number of the copy of those that are averaged, all of which serve the same inputs.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
             many outputs as a group of the partition has.
@@ -448,6 +476,7 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
     input_rows: list[Count] | None = None
     output_slots: list[Count] | None = None
     replica: Count = 0
+    copy: Count = 0
     flipped: list[Count] | None = None
 
     @property
@@ -541,11 +570,13 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
         arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
-        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``.
+        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``, but for those that are spent.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over the cells that sit on arrays.
         digital_operations: Entries of ``digital``.
+        arrays_spent: Arrays that hold nothing but further copies of layers, counted in ``arrays``; left out where spare
+            arrays were not to be spent.
     """
 
     layers: Count
@@ -564,6 +595,7 @@ class Totals(_Record, kw_only=True, frozen=True):
     weights_without_cells: Count
     mean_pair_conductance: float
     digital_operations: Count
+    arrays_spent: Count | msgspec.UnsetType = msgspec.UNSET
 
 
 class OutputError(_Record, kw_only=True, frozen=True):

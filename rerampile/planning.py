@@ -94,6 +94,8 @@ def _options(unit: Unit) -> dict[str, Any]:
         del options["categories"]
     if unit.calibration is None:
         options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
+    if not unit.options.spend_spare_arrays:
+        options.pop("spend_spare_arrays")
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
 
 
@@ -133,6 +135,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         choice=mapped.choice,
         clip=mapped.clip or msgspec.UNSET,
         correction=mapped.correction or msgspec.UNSET,
+        copies=unit.copies.get(layer.name, msgspec.UNSET),
         mask=None
         if mask is None
         else MaskPlan(

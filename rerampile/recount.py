@@ -18,7 +18,7 @@ from rerampile.digital_bias import check_shifts
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
-from rerampile.plan import Conventions
+from rerampile.plan import Conventions, CopiesPlan
 from rerampile.schemes import row_chunks
 from rerampile.totals import totals_of, weights_without_cells
 
@@ -48,7 +48,7 @@ def check_sums(deployment: Deployment) -> None:
 
 
 def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: npt.NDArray[np.bool_] | None) -> None:
-    """Compare the zeros, the mask and the mean conductance of a layer with its weights and its cells.
+    """Compare the zeros, the mask, the copies and the mean conductance of a layer with its weights and its cells.
 
     A weight that is not zero may be held as zero, so that zeros are known to be no more than those decoded and no
     fewer than those pruned.
@@ -71,6 +71,8 @@ def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: 
         _expect(deployment, f"{where}.mask.kept", layer.mask.kept, total - pruned)
     if not certain <= layer.zeros <= decoded_zeros:
         raise _changed(deployment, f"{where}.zeros", layer.zeros, f"{certain} to {decoded_zeros}")
+    if isinstance(layer.copies, CopiesPlan):
+        _expect(deployment, f"{where}.copies.error", layer.copies.error, layer.copies.error_single / layer.copies.count)
     _expect(deployment, f"{where}.sparsity", layer.sparsity, layer.zeros / total if total else 0.0)
     _check_mean(deployment, number, total)
 

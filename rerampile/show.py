@@ -19,7 +19,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
-from rerampile.show_mapping import clip_words
+from rerampile.show_mapping import clip_words, copies_words
 from rerampile.show_program import show_chip
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
@@ -255,6 +255,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
     if (clipped := clip_words(plan)) is not None:
         yield "clipped", clipped
+    if (copied := copies_words(plan)) is not None:
+        yield "copies", copied
     yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
     yield "arrays", f"{totals.arrays:,}{there}, {totals.utilisation:.1%} of their cells used"
     if totals.weights_without_cells or totals.arrays_saved_by_packing or any(layer.mask for layer in plan.layers):
@@ -286,9 +288,10 @@ def show_verification(out: Console, deployment: Deployment, found: Verification)
     """Print what ``verify`` checked and found."""
     plan = deployment.plan
     made = "compiled" if plan.chip is None else "programmed"
+    of_copies = " of each copy" if any(layer.copy_count > 1 for layer in plan.layers) else ""
     rows = [
         ("checksums", f"the plan and {_number(len(plan.files), 'file')} as {made}"),
-        ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
+        ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place{of_copies}, none shared"),
         ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were {made}"),
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
         ("verified", printable(str(deployment.folder))),
@@ -327,9 +330,10 @@ def _held(plan: Plan, partition: Partition) -> str:
 
 
 def _groups(partition: Partition, groups: int) -> str:
-    """Return the groups of a layer that a partition holds, as words behind the layer's name."""
+    """Return the groups of a layer that a partition holds, and of which copy, as words behind the layer's name."""
     first, end = partition.groups
-    return "" if groups == 1 else f", group{'s' if end - first > 1 else ''} {_ranges(range(first, end))}"
+    copy = f", copy {partition.copy}" if partition.copy else ""
+    return copy if groups == 1 else f", group{'s' if end - first > 1 else ''} {_ranges(range(first, end))}{copy}"
 
 
 def array_data(deployment: Deployment, array_id: int) -> dict[str, Any]:

@@ -204,6 +204,11 @@ class Target:
                 inner = key
 
     @property
+    def unlimited(self) -> str | None:
+        """The key of the count that has no limit, or None where all have one."""
+        return next((key for key in _COUNTS if getattr(self, key) is None), None)
+
+    @property
     def arrays(self) -> int | None:
         """Number of arrays there are, or None where unlimited."""
         counts = [getattr(self, key) for key in _COUNTS]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, ClipPlan, CorrectionPlan, MappingChoice, Plan, Region
+from rerampile.plan import ArrayPlan, ClipPlan, CopiesPlan, CorrectionPlan, MappingChoice, Plan, Region
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName, Scale
 from rerampile.segments import Segments
@@ -41,6 +41,7 @@ class CompileOptions:
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
         pack: Whether small partitions of different layers share arrays.
+        spend_spare_arrays: Whether arrays that are left over get further copies of layers, to be averaged.
         seed: Seed of the generated inputs of the verification.
         inputs: An .npz file of inputs for the verification, or None to generate them.
         tolerance: Largest relative output error of the deployed model, or None for the default.
@@ -60,6 +61,7 @@ class CompileOptions:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
     pack: bool = False
+    spend_spare_arrays: bool = False
     seed: int = 0
     inputs: Path | None = None
     tolerance: float | None = None
@@ -97,6 +99,8 @@ class MappedLayer:
         factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
         addend: float64 [groups * outputs], what corrects the bias, behind folds; None for nothing.
         correction: How they were corrected, where that was asked for.
+        noise: Expected energy of what differs from chip to chip in the layer's products, as a share of theirs, where
+            spare arrays are spent by it.
     """
 
     coding: Coding
@@ -110,6 +114,7 @@ class MappedLayer:
     factor: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     addend: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     correction: CorrectionPlan | None = None
+    noise: float | None = None
 
     @property
     def as_given(self) -> bool:
@@ -168,6 +173,7 @@ class Unit:
         mapped: By layer name, filled by *map*.
         arrays: Filled by *allocate*.
         regions: Parts of matrices that take no cells, filled by *allocate*.
+        copies: By layer name where spare arrays are spent, filled by *allocate*.
         arrays_without_pruning: Filled by *allocate*.
         arrays_before_packing: Filled by *allocate*.
         hashes: sha256 of each file of the folder, done once it is whole and on the disk; filled by *emit*.
@@ -187,6 +193,7 @@ class Unit:
     mapped: Mapping[str, MappedLayer] = field(default_factory=dict)
     arrays: tuple[ArrayPlan, ...] = ()
     regions: tuple[Region, ...] = ()
+    copies: Mapping[str, CopiesPlan] = field(default_factory=dict)
     arrays_without_pruning: int = 0
     arrays_before_packing: int = 0
     hashes: Mapping[str, Future[str]] = field(default_factory=dict)

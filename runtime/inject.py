@@ -6,6 +6,7 @@ into the column: within a group that is more of a weight which the layer has any
 Everywhere else a stuck cell does nothing, since its row is not driven or its column is not read.
 
 What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
+Where copies of a layer are averaged, the weights are those of the mean cells: reading is linear.
 """
 
 from __future__ import annotations
@@ -307,7 +308,8 @@ class LayerCells:
     def _crossings(self, stuck: StuckCells) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear.
 
-        Its column's sum is multiplied by the gain of what that column sums, whichever row it is on.
+        Its column's sum is multiplied by the gain of what that column sums, whichever row it is on. Of a copy it is the
+        share that the mean has.
         """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
@@ -315,7 +317,7 @@ class LayerCells:
         return self._weights(zeros, np.arange(count), stuck, self.gain.reshape(-1)[sums])
 
     def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, gain: Floats) -> Floats:
-        """Return the weights that cells hold when some are stuck, float32 [weights].
+        """Return the weights that cells hold when some are stuck, the mean of all copies, float32 [weights].
 
         Args:
             cells: The healthy cells of each slice and role, [weights] each.
@@ -327,7 +329,12 @@ class LayerCells:
         values = np.empty((len(cells), count), np.float32)
         for value, cell in zip(values, cells, strict=True):
             value[:] = cell if table is None else table[cell]
-        values.reshape(-1)[stuck.part * count + at] = self.coding.worth(stuck.conductance)
+        flat, place = values.reshape(-1), stuck.part * count + at
+        worth = self.coding.worth(stuck.conductance)
+        if self.plan.copy_count == 1:
+            flat[place] = worth
+        else:  # several copies of one cell may be stuck
+            np.add.at(flat, place, (worth - flat[place]) / np.float32(self.plan.copy_count))
         difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
         return difference * gain
 

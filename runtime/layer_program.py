@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.deployment import Deployment, layer_coding, layer_segments
+from rerampile.errors import ConfigError
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,20 @@ CALIBRATED = ("repair", "bias")
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
 _GAINS = (0.5, 2.0)  # by how much a gain may change
+
+
+def require_single_copies(deployment: Deployment) -> None:
+    """Refuse a deployment with copies: its cells, one set for all of them, cannot make up for stuck ones of each.
+
+    Raises:
+        ConfigError: A layer is held several times.
+    """
+    layer = max(deployment.plan.layers, key=lambda layer: layer.copy_count)
+    if layer.copy_count > 1:
+        raise ConfigError(
+            f"{deployment.folder}: layer '{layer.name}' is held in {layer.copy_count} copies, of which each would need "
+            f"cells of its own, expected one of every layer; compile without --spend-spare-arrays"
+        )
 
 
 class LayerProgram:

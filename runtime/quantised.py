@@ -126,6 +126,12 @@ def require_int8(deployment: Deployment) -> None:
                 f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
                 f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
             )
+        if coding.integer and coding.steps < _MOST_VALUES <= coding.steps * layer.copy_count:
+            raise ConfigError(
+                f"--precision int8: the mean of {layer.copy_count} copies of {coding.steps + 1} values in layer "
+                f"'{layer.name}', expected at most {_MOST_VALUES} values; compile without --spend-spare-arrays, or use "
+                f"fp32"
+            )
         if not coding.integer or coding.steps >= _MOST_VALUES:
             found, remedy = _too_fine(coding)
             raise ConfigError(
@@ -203,7 +209,8 @@ def _axis(layer: LayerPlan, node: NodeProto) -> int | None:
 def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     """Return the scale of each row: its gain over a whole number, so that weights are exact, where int8 has the room.
 
-    Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer.
+    Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer. Means
+    of copies lie between two levels, too: the whole number is a multiple of how many there are where int8 has the room.
     """
     target, coding = deployment.target, layer_coding(deployment.target, layer)
     low, high = target.failed_limits
@@ -217,7 +224,8 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     most, least = max(coding.high, *stuck_steps), min(coding.low, *stuck_steps)
     reach = max(most - coding.reference, coding.reference - least) if coding.cells == 1 else most - least
     share = _LARGEST / reach
-    return deployment.gain(layer).reshape(-1) / np.float32(math.floor(share) if share >= 1 else share)
+    step = layer.copy_count if share >= layer.copy_count else 1
+    return deployment.gain(layer).reshape(-1) / np.float32(share // step * step if share >= 1 else share)
 
 
 def _quantise(

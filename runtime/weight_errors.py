@@ -6,6 +6,9 @@ output.
 
 The cells beside the blocks of an array hold zero weights, whose errors let inputs leak into other outputs. Each leak is
 as large on average as if its input fed an output of its own group, which is where it is counted.
+
+Errors of the copies of a layer, of which the mean is read, are independent: their mean has the same mean, and the
+variance of one of them divided by their number.
 """
 
 from __future__ import annotations
@@ -118,6 +121,8 @@ class LayerErrors:
         for rows in row_chunks((len(placed), layer.inputs)):
             part = stuck.variance_of(coding, cells[:, :, rows], self._segments.spread(self._gain[rows]))
             part *= placed[rows]
+            if layer.copy_count > 1:
+                part /= np.float32(layer.copy_count)
             if leaks is not None:
                 part += leaks[rows]
             yield rows, part
@@ -144,6 +149,7 @@ class LayerErrors:
             for partition, part in zip(partitions, own, strict=True):
                 groups, _, inputs = _places(partition)
                 leaks[np.ix_(groups, np.arange(layer.outputs), inputs)] += (everything - part)[:, :, None]
+        leaks /= np.float32(layer.copy_count**2)  # summed over copies, whose places may differ
         return leaks.reshape(-1, layer.inputs)
 
     def offset_sums(self) -> OffsetSums | None:
@@ -193,7 +199,7 @@ class LayerErrors:
                 mixing[held, held] -= rows * columns
             touched = np.flatnonzero(driven)
             mixing[np.ix_(touched, touched)] += np.outer(read[touched], driven[touched])
-        return mixing
+        return mixing / self.layer.copy_count
 
 
 def _places(partition: Partition) -> tuple[Integers, Integers, Integers]:

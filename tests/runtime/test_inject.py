@@ -49,6 +49,16 @@ small (float[2, 6, 4, 4] image) => (float[2, 21] scores) {
 """
 
 
+QUICK = {  # the scheme that is always tested
+    ("analog", "adjacent"): "differential",
+    ("analog", "twin"): "offset",
+    ("levels", "adjacent"): "offset",
+    ("levels", "twin"): "optimal",
+    ("table", "adjacent"): "two_column",
+    ("table", "twin"): "balanced",
+}
+
+
 def weights() -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.default_rng(3)
     made = {
@@ -75,7 +85,7 @@ def target_of(cell: Cell, slices: int = 1, layout: str = "adjacent", rows: int =
 def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
     """The matrix [groups * outputs, groups * inputs] that a layer's arrays compute, one driven input at a time.
 
-    The sum of each column has the gain of the partition that the column is of.
+    The sum of each column has the gain of the partition that the column is of. Of copies it is the mean.
     """
     plan, target, geometry = deployment.plan, deployment.target, ChipGeometry.of(deployment)
     layer = plan.layers[number]
@@ -115,7 +125,8 @@ def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
             if coding.cells == 1:
                 reference = coding.reference * inputs.sum() * gain[out_row >= 0][::width]
                 np.subtract.at(matrix[:, driven], out_row[out_row >= 0][::width], reference)
-    return matrix
+    copies = {partition.copy for array in plan.arrays for partition in array.partitions if partition.layer == number}
+    return matrix / max(1, len(copies))
 
 
 def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> Floats:
@@ -231,6 +242,65 @@ def test_failed_cells_are_read_as_the_hardware_does(
     assert (found[1].leaks is None) == (response == "isolated_pair" and scheme != "offset")
     more = len(found[2].index) / len(Injector(plain).faults(faults)[2].index)
     assert more == pytest.approx(1) if scheme == "offset" or response != "isolated_pair" else more >= 1
+
+
+COPIED = [
+    pytest.param(scheme, kind, slices, layout, pack, marks=() if scheme == QUICK[kind, layout] else pytest.mark.slow)
+    for scheme in SCHEMES
+    for kind, slices in (("analog", 1), ("levels", 3), ("table", 1))
+    for layout in ("adjacent", "twin")
+    for pack in (False, True)
+]
+
+
+@pytest.mark.parametrize(("scheme", "kind", "slices", "layout", "pack"), COPIED)
+def test_copies_are_averaged(scheme: str, kind: str, slices: int, layout: str, pack: bool, tmp_path: Path) -> None:
+    """The weights and leaks of chips whose copies have stuck cells of their own, sometimes the same cell in several."""
+    target = replace(target_of(CELLS[kind], slices, layout), arrays_per_core=60)
+    options = {"target": target, "mapping": scheme, "pack": pack, "spend_spare_arrays": True}
+    deployment = build(TEXT, weights(), tmp_path / "out", **options)
+    verify_deployment(deployment.folder)
+    assert [layer.copy_count > 2 for layer in deployment.plan.layers[:2]] == [True, True]
+
+    found = check_against_simulation(deployment, random_faults(deployment))
+
+    assert [f.layer for f in found] == [0, 1, 2]
+    assert found[1].leaks is not None
+    assert all((np.diff(f.index) > 0).all() for f in found)
+
+
+def test_copies_leave_a_chip_without_faults_as_it_is(tmp_path: Path) -> None:
+    """To the bit, where each cell is stuck at what it holds; and the first arrays are those without copies."""
+    target = replace(target_of(Cell(g_off=1e-6, g_on=100e-6)), arrays_per_core=60)
+    plain = build(TEXT, weights(), tmp_path / "plain", target=target)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    coding = layer_coding(target, deployment.plan.layers[0])
+    held = np.concatenate([coding.conductance(deployment.array(a.id)).reshape(-1) for a in deployment.plan.arrays])
+    state = np.full(len(held), STUCK_OFF, np.uint8)
+
+    found = Injector(deployment).faults(FaultMap(cell=np.arange(len(held)), state=state, conductance=held))
+
+    assert {layer.copy_count for layer in deployment.plan.layers} - {1, 2, 4}  # whose shares of a weight round
+    for faults, layer in zip(found, deployment.plan.layers, strict=True):
+        assert faults.leaks is None
+        np.testing.assert_array_equal(faults.value, deployment.weights(layer).reshape(-1)[faults.index])
+    assert deployment.plan.arrays[: len(plain.plan.arrays)] == plain.plan.arrays
+    for name in ("conductances.safetensors", "deployed.onnx"):
+        assert (deployment.folder / name).read_bytes() == (plain.folder / name).read_bytes()
+
+
+def test_both_ways_run_copies_alike(tmp_path: Path) -> None:
+    target = replace(target_of(CELLS["analog"]), rows=36, columns=16, arrays_per_core=90)  # a group of an array's own
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    assert deployment.plan.layers[0].copy_count > 1
+    inputs = {"image": np.random.default_rng(2).standard_normal((2, 6, 4, 4), np.float32)}
+    faults = [f for f in Injector(deployment).faults(random_faults(deployment)) if f.leaks is None]
+    outputs = []
+    for method in ("fast", "slow"):
+        executor = open_executor(deployment, method=method, threads=1)
+        executor.apply(faults)
+        outputs.append(executor.run(inputs)[0])
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4 * np.abs(outputs[1]).max())
 
 
 @pytest.mark.parametrize("scale", ["channel", "partition"])
