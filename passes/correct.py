@@ -119,7 +119,6 @@ def noise_energies(
     noise = np.empty(len(held))
     for rows in row_chunks(held.shape):
         gain = mapped.segments.spread(mapped.gain[rows])
-        cells = coding.encode(held[rows].astype(np.float32, copy=False), gain)
-        variance = stuck.variance_of(coding, cells, gain)
+        variance = stuck.variance_of(coding, coding.encode(held[rows].astype(np.float32, copy=False), gain), gain)
         noise[rows] = np.sum(variance * power[rows], axis=1, where=there[rows])
     return noise

@@ -209,7 +209,7 @@ class _Layer:
         wanted: float32 [1, groups * outputs, inputs], differences; without compensation the value of each cell,
             [slices * cells, groups * outputs, inputs].
         gain: float64 [groups * outputs, segments], squared.
-        segments: The ranges of inputs that they are for.
+        segments: The ranges of inputs that gains are for.
         power: float64 [groups, inputs], mean of x^2.
         outputs: Outputs of a group.
         compensating: Whether healthy cells make up for stuck ones.
@@ -240,7 +240,7 @@ class _Layer:
         return cls(
             coding=coding,
             wanted=wanted,
-            gain=np.square(deployment.gain(layer).astype(np.float64)).reshape(cells.shape[2], -1),
+            gain=np.square(deployment.gain(layer).astype(np.float64)).reshape(layer.groups * layer.outputs, -1),
             segments=layer_segments(layer),
             power=power if moments is None else np.einsum("gii->gi", moments).astype(np.float64),
             outputs=layer.outputs,
@@ -256,8 +256,8 @@ class _Layer:
         outputs = np.array(partition.output_indices)
         rows = group * self.outputs + outputs
         block = np.ascontiguousarray(self.wanted[:, rows[:, None], inputs])
-        gain = self.gain[rows, self.segments.number_of(inputs[:1])]
-        by_output = _Axis(block, gain, sites.slot, room.slots)
+        segment = self.segments.number_of(inputs[:1])  # of a partition, whose inputs have one
+        by_output = _Axis(block, self.gain[rows, segment], sites.slot, room.slots)
         by_input = _Axis(np.ascontiguousarray(block.swapaxes(1, 2)), self.power[group, inputs], sites.row, room.rows)
         slot, row = np.array(partition.slot_places), np.array(partition.row_places)
         before = slot, row

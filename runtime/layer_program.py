@@ -84,9 +84,9 @@ class LayerProgram:
         self._coding, self._geometry = layer_coding(deployment.target, self.plan), ChipGeometry.of(deployment)
         self._compiled = deployment.cells(self.plan)
         self.gain = self._compiled_gain = deployment.gain(self.plan)
+        self.shift = np.zeros(len(self.gain))
         self._segments = layer_segments(self.plan)
         self._wanted = self._coding.decode(self._compiled, self._segments.spread(self.gain))
-        self.shift = np.zeros(len(self.gain))
         self._full_scale = np.abs(self.gain) * np.float32(self._coding.span)
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
@@ -233,7 +233,7 @@ class LayerProgram:
         energy, before = self._left(), self.gain
         if self._adjusting:
             factor = best_gain(self._shaped(self.weights()), self._shaped(self._wanted), moments).reshape(-1)
-            change = np.clip(factor * before.T / self._compiled_gain.T, *_GAINS)  # alike for segments of an output
+            change = np.clip(factor * (before / self._compiled_gain).T, *_GAINS)
             self.gain = (self._compiled_gain.T * change).T.astype(np.float32)
         if shifting:
             self.shift = -self._means(self.weights() - self._wanted)
@@ -254,7 +254,8 @@ class LayerProgram:
         """
         better = self._left() < energy
         self.cells = self.cells if cells is self.cells else np.where(better[:, None], self.cells, cells)
-        self.gain, self.shift = np.where(better, self.gain.T, gain.T).T, np.where(better, self.shift, 0.0)
+        self.gain = np.where(better, self.gain.T, gain.T).T
+        self.shift = np.where(better, self.shift, 0.0)
 
     def _wrong(self) -> tuple[Integers, Floats]:
         """Return the weights that faults hit and that stay wrong, and how far they are off under the compiled gain."""

@@ -121,16 +121,16 @@ def require_int8(deployment: Deployment) -> None:
     """
     for layer in deployment.plan.layers:
         coding, gains = layer_coding(deployment.target, layer), len(layer_segments(layer).starts)
-        if gains > 1:
-            raise ConfigError(
-                f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
-                f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
-            )
         if coding.integer and coding.steps < _MOST_VALUES <= coding.steps * layer.copy_count:
             raise ConfigError(
                 f"--precision int8: the mean of {layer.copy_count} copies of {coding.steps + 1} values in layer "
                 f"'{layer.name}', expected at most {_MOST_VALUES} values; compile without --spend-spare-arrays, or use "
                 f"fp32"
+            )
+        if gains > 1:
+            raise ConfigError(
+                f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
+                f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
             )
         if not coding.integer or coding.steps >= _MOST_VALUES:
             found, remedy = _too_fine(coding)

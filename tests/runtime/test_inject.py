@@ -85,7 +85,7 @@ def target_of(cell: Cell, slices: int = 1, layout: str = "adjacent", rows: int =
 def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
     """The matrix [groups * outputs, groups * inputs] that a layer's arrays compute, one driven input at a time.
 
-    The sum of each column has the gain of the partition that the column is of. Of copies it is the mean.
+    Of copies it is the mean. The sum of each column has the gain of the partition that the column is of.
     """
     plan, target, geometry = deployment.plan, deployment.target, ChipGeometry.of(deployment)
     layer = plan.layers[number]
@@ -188,21 +188,6 @@ def test_weights_and_leaks_are_what_the_arrays_compute(
     assert {f.index.dtype for f in found} == {np.dtype(np.int64)}
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3)])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_partition_has_a_gain_of_its_own(scheme: str, kind: str, slices: int, pack: bool, tmp_path: Path) -> None:
-    """Leaks into a column have the gain of what that column sums."""
-    target = target_of(CELLS[kind], slices, rows=12)
-    options: dict[str, Any] = {"mapping": scheme, "pack": pack, "scale": "partition"}
-    deployment = build(TEXT, weights(), tmp_path / "out", target=target, **options)
-    found = check_against_simulation(deployment, random_faults(deployment))
-    assert all(len(f.index) for f in found)
-    if not pack:
-        joined = two_arrays_in_one(deployment)
-        check_against_simulation(joined, random_faults(joined))
-
-
 def as_read(deployment: Deployment, faults: FaultMap) -> FaultMap:
     """What hardware that bounds or cuts off failed cells reads of them, cell by cell."""
     target, geometry = deployment.target, ChipGeometry.of(deployment)
@@ -301,6 +286,21 @@ def test_both_ways_run_copies_alike(tmp_path: Path) -> None:
         executor.apply(faults)
         outputs.append(executor.run(inputs)[0])
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4 * np.abs(outputs[1]).max())
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_partition_has_a_gain_of_its_own(scheme: str, kind: str, slices: int, pack: bool, tmp_path: Path) -> None:
+    """Leaks into a column have the gain of what that column sums."""
+    target = target_of(CELLS[kind], slices, rows=12)
+    options: dict[str, Any] = {"mapping": scheme, "pack": pack, "scale": "partition"}
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, **options)
+    found = check_against_simulation(deployment, random_faults(deployment))
+    assert all(len(f.index) for f in found)
+    if not pack:
+        joined = two_arrays_in_one(deployment)
+        check_against_simulation(joined, random_faults(joined))
 
 
 @pytest.mark.parametrize("scale", ["channel", "partition"])
