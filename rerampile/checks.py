@@ -166,7 +166,7 @@ def _paint(
 
 def _check_gain(layer: LayerPlan, inputs: slice | npt.NDArray[np.int64], where: str) -> None:
     """Check that inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
-    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (inputs.min(), inputs.max())
+    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (int(inputs[0]), int(inputs[-1]))
     if np.ptp(layer_segments(layer).number_of(np.array([first, last]))):
         raise PlanFormatError(
             f"{where}: layer '{layer.name}': inputs {first} to {last} on one array are of two segments, which have "

@@ -2,10 +2,9 @@
 
 Sums are put in order digitally, and each array is sent its inputs by itself, so that both orders are free, and rows and
 columns that a piece of a matrix leaves spare may be taken instead of bad ones. The cost of output ``o`` at a place is
-``gain[o]^2 sum_i E[x_i^2] e^2`` with the gain of the piece and the errors ``e`` that the place's stuck cells would
-leave, and that of an input the same, summed over the outputs that lie there; both are linear assignment problems
-(permutation of rows and columns for a known chip: Chen et al., DATE 2017; Liu et al., DAC 2017), which are solved once
-each: more turns bring little.
+``gain[o]^2 sum_i E[x_i^2] e^2`` with the errors ``e`` that the place's stuck cells would leave, and that of an input
+the same, summed over the outputs that lie there; both are linear assignment problems (permutation of rows and columns
+for a known chip: Chen et al., DATE 2017; Liu et al., DAC 2017), which are solved once each: more turns bring little.
 """
 
 from __future__ import annotations
