@@ -368,7 +368,8 @@ class LayerCells:
     def _crossings(self, stuck: StuckCells) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear.
 
-        Of a copy it is the share that the mean has.
+        Its column's sum is multiplied by the gain of what that column sums, whichever row it is on. Of a copy it is the
+        share that the mean has.
         """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
