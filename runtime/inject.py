@@ -5,8 +5,8 @@ not to the same block, the cells at their crossing hold a zero weight, and one t
 into the column: within a group that is more of a weight which the layer has anyway, between groups it is a leak.
 Everywhere else a stuck cell does nothing, since its row is not driven or its column is not read.
 
-What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
-Where copies of a layer are averaged, the weights are those of the mean cells: reading is linear.
+What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`). Of copies that are averaged, the
+weights are those of the mean cells: reading is linear.
 
 Where slices have copies, a stuck cell changes one of three sums, of which the mean or the median counts. The mean is
 linear: a third of what the cell alone would do to its weight. The median is not: it depends on the inputs, so it is
