@@ -27,6 +27,14 @@ PAGE = ROOT / "docs" / "plan-format.md"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
 
+LEFT_OUT = {
+    "LayerPlan": ("clip", "correction", "copies"),
+    "Totals": ("arrays_spent",),
+    "ChipPlan": ("categories",),
+    "Target": ("failed_cells",),
+}
+"""Fields of records that write out all others."""
+
 Definition = dict[str, Any]
 
 
@@ -79,9 +87,7 @@ def _table(schema: Definition, name: str) -> str:
     definition = schema if name == "Plan" else schema["$defs"][name]
     lines = ["\n", "| field | type | meaning |\n", "|---|---|---|\n"]
     for field, value in definition["properties"].items():
-        left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or (
-            name == "LayerPlan" and field in ("clip", "correction")
-        )
+        left_out = name in ("Plan", "ArrayPlan", "Partition", "Region") or field in LEFT_OUT.get(name, ())
         optional = left_out and field not in definition["required"]
         kind = _type(value).removesuffix(" or null") + ", optional" if optional else _type(value)
         lines.append(f"| `{field}` | {kind} | {value['description']} |\n")

@@ -8,8 +8,9 @@ column and no row. Groups that fit an array several times lie block-diagonally o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,15 +18,17 @@ import numpy.typing as npt
 
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
+from rerampile.passes.bins import Bin, Grid, Piece
 from rerampile.passes.protect import protected
-from rerampile.plan import ArrayPlan, Partition, Region, span_fields
+from rerampile.passes.spend import further_copies
+from rerampile.plan import ArrayPlan, CopiesPlan, Partition, Region, span_fields
 from rerampile.schemes import Coding
 from rerampile.target import Target
+from rerampile.totals import arrays_spent
 from rerampile.unit import MappedLayer, Unit
 
 __all__ = ["Allocate"]
 
-Role = Literal["plus", "minus"]
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -37,120 +40,54 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, unit: Unit) -> Unit:
-        """Fill ``arrays``, ``regions``, the counts without pruning and packing, and ``protection`` where asked for.
+        """Fill ``arrays``, ``regions``, ``copies``, the counts without pruning and packing, and ``protection``.
+
+        Further copies come behind the arrays that there are without them.
 
         Raises:
             CapacityError: An array is too narrow for one output, or the target has too few arrays.
         """
-        bins: list[_Bin] = []
+        own: list[list[Bin]] = []
         regions: list[Region] = []
         freed: list[int] = []
         dense = 0
         for number, layer in enumerate(unit.layers):
             mapped = unit.mapped[layer.name]
-            grid = _Grid.of(unit.target, mapped.coding)
+            grid = Grid.of(unit.target, mapped.coding)
             pieces, empty = _cut(grid, number, layer, mapped)
-            own = list(_stack(grid, pieces))
-            bins.extend(own)
+            own.append(list(_stack(grid, pieces)))
             regions.extend(empty)
-            freed.append(max(0, grid.dense_count(layer) - len(own)))
+            freed.append(max(0, grid.dense_count(layer) - len(own[-1])))
             dense += grid.dense_count(layer) * len(grid.roles)
+        bins = list(chain.from_iterable(own))
         before_packing = _count(bins)
         if unit.options.pack:  # pairs and single cells lie differently on an array, and never share one
             grids = dict.fromkeys(bin_.grid for bin_ in bins)
             bins = [packed for grid in grids for packed in _pack(grid, [b for b in bins if b.grid == grid])]
         _check_capacity(unit.target, _count(bins), unit.options.pack)
+        copies, further = _spent(unit, own, _count(bins))
         placed = replace(
             unit,
-            arrays=tuple(_place(unit.target, bins)),
+            arrays=tuple(_place(unit.target, [*bins, *further])),
             regions=tuple(regions),
+            copies=copies,
             arrays_without_pruning=dense,
             arrays_before_packing=before_packing,
         )
         return protected(placed, freed) if unit.options.protect_msb else placed
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
-        """Return the number of arrays and what leaving out zeros saved, and what copies protect."""
-        held = sum(bool(array.partitions) for array in unit.arrays)
-        summary = {
-            "arrays": len(unit.arrays),
-            "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
-            "saved by packing": unit.arrays_before_packing - held,
-        }
-        return summary | ({} if unit.protection is None else {"weights with copies": unit.protection.weights})
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The geometry of one array as partitions see it.
-
-    Attributes:
-        rows: Inputs an array has room for.
-        outputs: Outputs an array has room for.
-        width: Columns that one output takes.
-        slices: Slices of a weight, all on one array.
-        roles: The roles of each array of a set: one array with both cells, or twins with one each.
-    """
-
-    rows: int
-    outputs: int
-    width: int
-    slices: int
-    roles: tuple[tuple[Role, ...], ...]
-
-    @classmethod
-    def of(cls, target: Target, coding: Coding) -> _Grid:
-        cells: tuple[Role, ...] = ("plus", "minus") if coding.cells == 2 else ("plus",)
-        twin = target.pair_layout == "twin" and len(cells) == 2
-        roles: tuple[tuple[Role, ...], ...] = (("plus",), ("minus",)) if twin else (cells,)
-        width = len(roles[0]) * coding.slices
-        if width > target.columns:
-            raise CapacityError(
-                f"target '{target.name}': one output takes {width} columns ({coding.slices} slices of "
-                f'{len(roles[0])} cells), an array has {target.columns}; use fewer slices or pair_layout = "twin"'
-            )
-        return cls(target.rows, target.columns // width, width, coding.slices, roles)
-
-    def groups_at_once(self, layer: Layer) -> int:
-        """How many whole groups of a layer lie block-diagonally on one array, 0 where not even one fits."""
-        return min(self.rows // layer.view.inputs, self.outputs // layer.view.outputs)
-
-    def dense_count(self, layer: Layer) -> int:
-        """Arrays (sets of twins counted once) that the layer would take with nothing left out."""
-        view = layer.view
-        if self.groups_at_once(layer) > 1:
-            return -(-view.groups // self.groups_at_once(layer))
-        return view.groups * -(-view.inputs // self.rows) * -(-view.outputs // self.outputs)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A partition before it has a position: ``partition`` without row and column, and its size."""
-
-    partition: Partition
-    rows: int
-    outputs: int
-    group: int
-
-
-@dataclass
-class _Bin:
-    """An array (or a set of twins) that is being filled along its diagonal."""
-
-    grid: _Grid
-    rows: int = 0
-    outputs: int = 0
-    pieces: list[tuple[_Piece, int, int]] = field(default_factory=list)
-
-    def add(self, piece: _Piece) -> None:
-        self.pieces.append((piece, self.rows, self.outputs))
-        self.rows += piece.rows
-        self.outputs += piece.outputs
-
-    def absorb(self, other: _Bin) -> None:
-        self.pieces += [(piece, self.rows + row, self.outputs + output) for piece, row, output in other.pieces]
-        self.rows += other.rows
-        self.outputs += other.outputs
+        """Return the number of arrays and what leaving out zeros saved, and what copies take or protect."""
+        spent = arrays_spent(unit.arrays)
+        return (
+            {
+                "arrays": len(unit.arrays),
+                "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
+                "saved by packing": unit.arrays_before_packing - (len(unit.arrays) - spent),
+            }
+            | ({"spent on copies": spent} if unit.copies else {})
+            | ({} if unit.protection is None else {"weights with copies": unit.protection.weights})
+        )
 
 
 def partition_size(target: Target, coding: Coding) -> tuple[int, int]:
@@ -159,11 +96,11 @@ def partition_size(target: Target, coding: Coding) -> tuple[int, int]:
     Raises:
         CapacityError: It has no room for a single weight.
     """
-    grid = _Grid.of(target, coding)
+    grid = Grid.of(target, coding)
     return grid.rows, grid.outputs
 
 
-def _cut(grid: _Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[list[_Piece], list[Region]]:
+def _cut(grid: Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[list[Piece], list[Region]]:
     """Cut one layer into pieces, in the order of groups, outputs, inputs; and list what takes no cells."""
     view = layer.view
     if mapped.nonzero is None:
@@ -189,7 +126,7 @@ def _cut(grid: _Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[l
     return _merge_whole_groups(grid, layer, number, pieces), regions
 
 
-def _diagonal_pieces(number: int, layer: Layer, at_once: int) -> Iterator[_Piece]:
+def _diagonal_pieces(number: int, layer: Layer, at_once: int) -> Iterator[Piece]:
     """Yield block-diagonal pieces of several whole groups."""
     view = layer.view
     for first in range(0, view.groups, at_once):
@@ -202,10 +139,10 @@ def _diagonal_pieces(number: int, layer: Layer, at_once: int) -> Iterator[_Piece
             inputs=(0, view.inputs),
             outputs=(0, view.outputs),
         )
-        yield _Piece(partition, (last - first) * view.inputs, (last - first) * view.outputs, first)
+        yield Piece(partition, (last - first) * view.inputs, (last - first) * view.outputs, first)
 
 
-def _merge_whole_groups(grid: _Grid, layer: Layer, number: int, pieces: list[_Piece]) -> list[_Piece]:
+def _merge_whole_groups(grid: Grid, layer: Layer, number: int, pieces: list[Piece]) -> list[Piece]:
     """Write pieces that are whole groups block-diagonally where no group lost anything, as without zeros."""
     view = layer.view
     at_once = grid.groups_at_once(layer)
@@ -215,10 +152,10 @@ def _merge_whole_groups(grid: _Grid, layer: Layer, number: int, pieces: list[_Pi
     return pieces
 
 
-def _piece(number: int, group: int, rows: Indices, columns: Indices) -> _Piece:
+def _piece(number: int, group: int, rows: Indices, columns: Indices) -> Piece:
     spans = {**span_fields("input", rows), **span_fields("output", columns)}
     partition = Partition(layer=number, row=0, column=0, groups=(group, group + 1), **spans)
-    return _Piece(partition, len(rows), len(columns), group)
+    return Piece(partition, len(rows), len(columns), group)
 
 
 def _empty_region(number: int, group: int, outputs: Flags, inputs: Flags) -> list[Region]:
@@ -239,35 +176,31 @@ def _as_flags(indices: Indices, size: int) -> Flags:
     return flags
 
 
-def _stack(grid: _Grid, pieces: Sequence[_Piece]) -> Iterator[_Bin]:
+def _stack(grid: Grid, pieces: Sequence[Piece]) -> Iterator[Bin]:
     """Give each piece an array of its own, but let small pieces of different groups of one layer share one."""
-    current = _Bin(grid)
+    current = Bin(grid)
     for piece in pieces:
         alone = not current.pieces or any(piece.group == other.group for other, _, _ in current.pieces)
-        if alone or not _fits(grid, current, piece.rows, piece.outputs):
+        if alone or not current.has_room(piece.rows, piece.outputs):
             if current.pieces:
                 yield current
-            current = _Bin(grid)
+            current = Bin(grid)
         current.add(piece)
     if current.pieces:
         yield current
 
 
-def _fits(grid: _Grid, bin_: _Bin, rows: int, outputs: int) -> bool:
-    return bin_.rows + rows <= grid.rows and bin_.outputs + outputs <= grid.outputs
-
-
-def _pack(grid: _Grid, bins: Sequence[_Bin]) -> list[_Bin]:
+def _pack(grid: Grid, bins: Sequence[Bin]) -> list[Bin]:
     """Put arrays together that share neither a row nor a column: first fit, the fullest first (diagonal packing)."""
     order = sorted(range(len(bins)), key=lambda i: (-max(bins[i].rows / grid.rows, bins[i].outputs / grid.outputs), i))
-    packed: list[_Bin] = []
+    packed: list[Bin] = []
     free = np.empty((len(bins), 2), np.int64)
     for i in order:
         need = np.array([bins[i].rows, bins[i].outputs])
         fits = (free[: len(packed)] >= need).all(axis=1)
         where = int(fits.argmax()) if fits.any() else len(packed)
         if where == len(packed):
-            packed.append(_Bin(grid))
+            packed.append(Bin(grid))
             free[where] = grid.rows, grid.outputs
         packed[where].absorb(bins[i])
         free[where] -= need
@@ -283,12 +216,28 @@ def _check_capacity(target: Target, needed: int, packed: bool) -> None:
         )
 
 
-def _count(bins: Sequence[_Bin]) -> int:
+def _spent(unit: Unit, own: Sequence[Sequence[Bin]], taken: int) -> tuple[dict[str, CopiesPlan], list[Bin]]:
+    """Return how many copies each layer has and what they save, and the arrays of the further ones.
+
+    Nothing where spare arrays are not to be spent.
+    """
+    if not unit.options.spend_spare_arrays or unit.target.arrays is None:
+        return {}, []
+    noise = [unit.mapped[layer.name].noise or 0.0 for layer in unit.layers]
+    counts, further = further_copies(own, noise, unit.target.arrays - taken, pack=unit.options.pack)
+    copies = {
+        layer.name: CopiesPlan(count=count, error=error / count, error_single=error)
+        for layer, count, error in zip(unit.layers, counts, noise, strict=True)
+    }
+    return copies, further
+
+
+def _count(bins: Sequence[Bin]) -> int:
     """Return how many arrays there are, each twin counted."""
     return sum(len(bin_.grid.roles) for bin_ in bins)
 
 
-def _place(target: Target, bins: Sequence[_Bin]) -> Iterator[ArrayPlan]:
+def _place(target: Target, bins: Sequence[Bin]) -> Iterator[ArrayPlan]:
     """Yield the arrays in address order; twins follow one another."""
     first = 0
     for bin_ in bins:

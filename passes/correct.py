@@ -8,6 +8,7 @@ factor of each output, which is part of its gain, and an addend, which is part o
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from rerampile.schemes import row_chunks
 from rerampile.stuck_cell import StuckCell
 from rerampile.unit import InputMoments, MappedLayer, Unit
 
-__all__ = ["corrected", "shared_moment"]
+__all__ = ["corrected", "noise_energies", "products", "shared_moment"]
 
 Doubles = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -54,23 +55,23 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     wanted = unit.weights(layer).astype(np.float64)
     held = wanted if mapped.limit is None else np.clip(wanted, -mapped.limit[:, None], mapped.limit[:, None])
     stuck = stuck_cell(unit, mapped.coding)
-    signal = (1 - stuck.probability) * held
+    signal = (1 - stuck.loss) * held
     shift = stuck.shift(mapped.coding) * mapped.gain.astype(np.float64)[:, None]
     there = placed(layer, mapped.nonzero)
     mean = signal + shift * there
-    noise = _noise(layer, mapped, stuck, held, there, seen)
+    noise = noise_energies(layer, mapped, stuck, held, there, seen)
     shared = shared_moment(unit, layer, seen)
-    alike = _products(signal, shared, signal)
-    factor = np.divide(_products(wanted, shared, signal), alike, out=np.ones_like(alike), where=alike > 0)
+    alike = products(signal, shared, signal)
+    factor = np.divide(products(wanted, shared, signal), alike, out=np.ones_like(alike), where=alike > 0)
     factor = np.where(factor > 0, factor, 1.0).astype(np.float32).astype(np.float64)
     off = wanted - factor[:, None] * mean
     addend = None
     if can_shift(unit.graph, layer):
         scale = layer.uses[0][0].attribute("alpha", 1.0)  # of a Gemm: acts on products alone
         addend = scale * (off.reshape(shape) @ seen.mean[:, :, None]).reshape(-1)
-    energy = float(_products(wanted, seen.square, wanted).sum()) or 1.0
-    before = _products(wanted - mean, seen.square, wanted - mean) + noise
-    after = _products(off, shared, off) + factor**2 * noise
+    energy = float(products(wanted, seen.square, wanted).sum()) or 1.0
+    before = products(wanted - mean, seen.square, wanted - mean) + noise
+    after = products(off, shared, off) + factor**2 * noise
     return replace(
         mapped,
         gain=(mapped.gain * factor).astype(np.float32),
@@ -85,22 +86,38 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     )
 
 
-def _products(one: Doubles, moment: Doubles, other: Doubles) -> Doubles:
+def products(one: Doubles, moment: Doubles, other: Doubles) -> Doubles:
     """Return E[(one x) (other x)] of each output, float64 [groups * outputs], for a second moment of the inputs."""
     shape = (len(moment), -1, moment.shape[1])
     found: Doubles = np.einsum("goi,goi->go", one.reshape(shape) @ moment, other.reshape(shape)).reshape(-1)
     return found
 
 
-def _noise(
-    layer: Layer, mapped: MappedLayer, stuck: StuckCell, held: Doubles, there: Flags, seen: InputMoments
+def noise_energies(
+    layer: Layer,
+    mapped: MappedLayer,
+    stuck: StuckCell,
+    held: npt.NDArray[Any],
+    there: Flags,
+    seen: InputMoments | None,
 ) -> Doubles:
-    """Return the energy of what differs from chip to chip, float64 [groups * outputs]."""
+    """Return the expected energy of what differs from chip to chip in each output, float64 [groups * outputs].
+
+    Args:
+        layer: The layer.
+        mapped: How its weights become cells.
+        stuck: How one of them fails.
+        held: The weights that they hold, [groups * outputs, inputs].
+        there: Which weights take cells, [groups * outputs, inputs].
+        seen: Moments of the inputs; None for inputs of a mean square of 1.
+    """
     coding = mapped.coding
-    power = np.repeat(np.diagonal(seen.square, axis1=1, axis2=2), layer.view.outputs, axis=0)
+    power: npt.NDArray[Any] = np.ones((len(held), 1), np.float32)
+    if seen is not None:
+        power = np.repeat(np.diagonal(seen.square, axis1=1, axis2=2), layer.view.outputs, axis=0)
     noise = np.empty(len(held))
     for rows in row_chunks(held.shape):
-        cells = coding.encode(held[rows].astype(np.float32), mapped.gain[rows])
+        cells = coding.encode(held[rows].astype(np.float32, copy=False), mapped.gain[rows])
         variance = stuck.variance_of(coding, cells, mapped.gain[rows, None])
         noise[rows] = np.sum(variance * power[rows], axis=1, where=there[rows])
     return noise

@@ -71,7 +71,7 @@ class FaultNoise:
             bend=bend,
             variances=np.array([[_quadratic(u[part], values[part]) for part in parts] for values in variance]),
             rounding=float(np.square(coding.decode(cells, gain) - weights, dtype=np.float64).mean()),
-            mean_gain=1 - stuck.probability,
+            mean_gain=1 - stuck.loss,
             shift=stuck.shift(coding) * float(gain[0]),
         )
 

@@ -15,10 +15,11 @@ from rerampile.errors import ConfigError, ModelError
 from rerampile.layer import Layer
 from rerampile.passes.clip import clipped, unclipped
 from rerampile.passes.correct import corrected
+from rerampile.passes.spend import expected_noise
 from rerampile.passes.weigh import Candidate, stuck_cell, weigh
 from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, row_chunks
 from rerampile.target import Target
-from rerampile.unit import MappedLayer, Unit
+from rerampile.unit import InputMoments, MappedLayer, Unit
 
 __all__ = ["Map", "coding_for"]
 
@@ -50,7 +51,8 @@ class Map:
             )
         found = side_by_side(lambda layer: _map_layer(unit, layer, possible), unit.layers)
         mapped = dict(zip((layer.name for layer in unit.layers), found, strict=True))
-        return replace(unit, mapped=_calibrated(unit, mapped) if unit.calibration else mapped)
+        calibrated = unit.calibration is not None or unit.options.spend_spare_arrays
+        return replace(unit, mapped=_calibrated(unit, mapped) if calibrated else mapped)
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
         """Return the scheme, or how many layers have which, and the number of weights."""
@@ -120,18 +122,33 @@ def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLay
 
 
 def _calibrated(unit: Unit, mapped: Mapping[str, MappedLayer]) -> dict[str, MappedLayer]:
-    """Clip and correct layers, as many at a time as the moments of their inputs leave memory for."""
+    """Clip, correct and weigh layers, as many at a time as the moments of their inputs leave memory for."""
     found: dict[str, MappedLayer] = {}
     for layers in _within(unit.layers, _MOMENTS_HELD):
         wanted = [layer for layer in layers if not layer.integer]
         moments, reasons = unit.calibration(wanted) if unit.calibration and wanted else ({}, {})
         reasons = {layer.name: "its weights are whole numbers" for layer in layers if layer.integer} | dict(reasons)
+        found |= {layer.name: mapped[layer.name] for layer in layers}
         found |= {name: unclipped(unit, mapped[name], reason) for name, reason in reasons.items()}
         for layer in (layer for layer in layers if layer.name in moments):
             result, seen = mapped[layer.name], moments[layer.name]
             result = clipped(unit, layer, result, seen) if unit.options.clip else result
             found[layer.name] = corrected(unit, layer, result, seen) if unit.options.correct else result
+        if unit.options.spend_spare_arrays:
+            found |= _with_noise(unit, layers, found, moments)
     return found
+
+
+def _with_noise(
+    unit: Unit, layers: Sequence[Layer], mapped: Mapping[str, MappedLayer], moments: Mapping[str, InputMoments]
+) -> dict[str, MappedLayer]:
+    """Return layers with what stuck cells are expected to do to them, inputs counted alike where none were seen."""
+
+    def one(layer: Layer) -> MappedLayer:
+        result = mapped[layer.name]
+        return replace(result, noise=expected_noise(unit, layer, result, moments.get(layer.name)))
+
+    return dict(zip((layer.name for layer in layers), side_by_side(one, layers), strict=True))
 
 
 def _within(layers: Sequence[Layer], most: int) -> Iterator[list[Layer]]:

@@ -19,7 +19,7 @@ from rerampile.copies import protection_of
 from rerampile.deployment import footprint
 from rerampile.errors import ConfigError
 from rerampile.layer import Layer
-from rerampile.plan import ArrayPlan, Copy, Partition, span_fields
+from rerampile.plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.target import Target
 from rerampile.unit import Unit
 
@@ -75,7 +75,7 @@ class _Home:
     partition: Partition
 
 
-_Place = tuple[int, Copy]  # an array, and a copy on it
+_Place = tuple[int, SliceCopy]  # an array, and a copy on it
 
 
 def _homes(arrays: Sequence[ArrayPlan], layers: int) -> list[list[_Home]]:
@@ -218,7 +218,7 @@ def _protect_layer(
     there = space.on(own, ((len(arrays) + k * set_size, target.rows, target.columns) for k in range(freed)))
     unit = slices * len(model.roles)
     found, left = _largest(homes, there, order, unit)
-    copies: dict[int, list[Copy]] = {}
+    copies: dict[int, list[SliceCopy]] = {}
     for array, copy in found:
         copies.setdefault(array, []).append(copy)
     while len(arrays) <= max(copies, default=-1):  # freed arrays are taken in order
@@ -226,7 +226,7 @@ def _protect_layer(
     for number, more in copies.items():
         twin = arrays[number].twin
         for each in (number,) if twin is None else (number, twin):
-            arrays[each] = msgspec.structs.replace(arrays[each], copies=[*arrays[each].copies, *more])
+            arrays[each] = msgspec.structs.replace(arrays[each], slice_copies=[*arrays[each].slice_copies, *more])
     return space.replaced(own, left)
 
 
@@ -276,7 +276,7 @@ def _one_copy(
             return
         array, row, column, rows, count = taken
         spans = {**span_fields("input", inputs[:rows]), **span_fields("output", outputs[:count])}
-        copy = Copy(array=home.array, partition=home.position, number=number, row=row, column=column, **spans)
+        copy = SliceCopy(array=home.array, partition=home.position, number=number, row=row, column=column, **spans)
         yield array, copy
         if count < len(outputs):
             waiting.append((inputs, outputs[count:]))

@@ -45,8 +45,9 @@ class Candidate:
 
 def stuck_cell(unit: Unit, coding: Coding) -> StuckCell:
     """Return how the cells of a coding fail, by the probabilities of the options."""
-    off, on = unit.options.stuck_off, unit.options.stuck_on
-    return StuckCell.of(unit.target.cell, coding, stuck_off=off or 0.0, stuck_on=on or 0.0)
+    options = unit.options
+    stuck = {"stuck_off": options.stuck_off or 0.0, "stuck_on": options.stuck_on or 0.0}
+    return StuckCell.of(unit.target, coding, {**stuck, **options.categories})
 
 
 def weigh(
@@ -141,7 +142,7 @@ class _Sums:
         coding = self.candidate.coding
         cells = coding.encode(weights, self.candidate.gain[rows])
         errors = self.stuck.variance_of(coding, cells, np.ones((len(weights), 1), np.float32))
-        errors += np.square(np.float32(self.stuck.probability) * coding.difference(cells))
+        errors += np.square(np.float32(self.stuck.loss) * coding.difference(cells))
         self.errors[rows] = errors.sum(axis=1, where=placed, dtype=np.float64)
         currents = coding.conductance(cells).sum(axis=(0, 1)) / coding.slices
         self.currents[rows] = currents.sum(axis=1, where=placed, dtype=np.float64)

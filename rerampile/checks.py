@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.copies import check_copies
+from rerampile.copies import check_slice_copies
 from rerampile.deployment import Deployment, footprint, layer_coding
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
@@ -53,7 +53,9 @@ def _compare_hashes(path: Path, found: str, expected: str) -> None:
 
 
 def check_placement(deployment: Deployment) -> None:
-    """Check that every weight sits in exactly one place and that no two partitions share a row or a column.
+    """Check that every weight sits in exactly one place, in one of each copy where there are several.
+
+    No two partitions may share a row or a column.
 
     Raises:
         PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
@@ -65,7 +67,7 @@ def check_placement(deployment: Deployment) -> None:
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
-        if array.id != number or not (array.partitions or array.copies):
+        if array.id != number or not (array.partitions or array.slice_copies):
             raise PlanFormatError(
                 f"{where}: id {array.id} with {len(array.partitions)} partitions, expected id {number}"
             )
@@ -77,6 +79,9 @@ def check_placement(deployment: Deployment) -> None:
                 raise PlanFormatError(
                     f"{where}: groups [{first}, {last}), expected some of {plan.layers[partition.layer].groups}"
                 )
+            _check_places(partition, where)
+            if partition.copy >= (copies := plan.layers[partition.layer].copy_count):
+                raise PlanFormatError(f"{where}: copy {partition.copy}, expected 0 to {copies - 1}")
             _check_flips(plan, partition, where)
         _check_address(deployment, array, where, addresses)
         _check_roles(deployment, array, where)
@@ -88,8 +93,8 @@ def check_placement(deployment: Deployment) -> None:
     for number, part in _parts(plan):
         parts[number].append(part)
     for layer, own in zip(plan.layers, parts, strict=True):
-        _check_cover(layer, own)
-    check_copies(deployment)
+        _check_copies(layer, own)
+    check_slice_copies(deployment)
 
 
 # A group of a layer, a rectangle of its matrix, and where the plan has it.
@@ -105,6 +110,22 @@ def _parts(plan: Plan) -> Iterator[tuple[int, _Part]]:
                     yield partition.layer, (group, partition, f"$.arrays[{number}]")
     for number, region in enumerate(plan.skipped):
         yield region.layer, (region.group, region, f"$.skipped[{number}]")
+
+
+def _check_copies(layer: LayerPlan, parts: list[_Part]) -> None:
+    """Check each copy of a layer; what takes no cells takes none in any of them."""
+    copies: dict[int, list[_Part]] = {}
+    for part in parts:
+        if isinstance(part[1], Partition):
+            copies.setdefault(part[1].copy, []).append(part)
+    if layer.copy_count > max(1, len(copies)):
+        missing = next(copy for copy in range(layer.copy_count) if copy not in copies)
+        raise PlanFormatError(
+            f"layer '{layer.name}': copy {missing} of {layer.copy_count} sits on no array, expected some for each"
+        )
+    skipped = [part for part in parts if isinstance(part[1], Region)]
+    for placed in copies.values() or [[]]:
+        _check_cover(layer, placed + skipped)
 
 
 def _check_cover(layer: LayerPlan, parts: list[_Part]) -> None:
@@ -154,11 +175,26 @@ def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slic
     if span is not None:
         return slice(*span)
     indices = np.array(listed, np.int64)
-    if axis == "output" and isinstance(part, Partition):  # other orders are those of programmed chips
+    if isinstance(part, Partition):  # other orders are those of programmed chips
         indices = np.sort(indices)
     if (np.diff(indices) <= 0).any():
-        raise PlanFormatError(f"{where}: {axis}_index is not ascending")
+        wrong = "lists one twice" if isinstance(part, Partition) else "is not ascending"
+        raise PlanFormatError(f"{where}: {axis}_index {wrong}")
     return indices
+
+
+def _check_places(partition: Partition, where: str) -> None:
+    """Check that rows and columns of inputs and outputs that are listed are as many, ascending, and of one group."""
+    for name, listed, count in (
+        ("input_rows", partition.input_rows, partition.input_count),
+        ("output_slots", partition.output_slots, partition.output_count),
+    ):
+        if listed is None:
+            continue
+        if partition.groups[1] - partition.groups[0] != 1:
+            raise PlanFormatError(f"{where}: {name} of a partition of several groups, whose blocks leave nothing free")
+        if len(listed) != count or any(b <= a for a, b in itertools.pairwise(listed)):
+            raise PlanFormatError(f"{where}: {name} {reprlib.repr(listed)}, expected {count} numbers, ascending")
 
 
 def _check_flips(plan: Plan, partition: Partition, where: str) -> None:
@@ -198,7 +234,7 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
         twin = deployment.plan.arrays[array.twin]
         if (
             twin.partitions != array.partitions
-            or twin.copies != array.copies
+            or twin.slice_copies != array.slice_copies
             or twin.twin != array.id
             or [len(array.roles), len(twin.roles)] != [1, 1]
         ):

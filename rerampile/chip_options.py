@@ -6,7 +6,7 @@ Each decorator reads a family of options and hands the command one argument made
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,11 @@ import click
 
 if TYPE_CHECKING:
     from rerampile.runtime.faults import FaultModel
+    from rerampile.target import Target
 
 __all__ = [
+    "AskedFault",
+    "AskedFaults",
     "calibration_options",
     "data_options",
     "defect_options",
@@ -32,7 +35,11 @@ __all__ = [
 ]
 
 _DEFAULT_RATES = (0.001, 0.005, 0.01)
-_OFF_ON = (1.0, 5.2)
+
+AskedFault = Callable[["Target"], "FaultModel"]
+"""What is asked of one chip: on a target, which says in what ways its cells fail, that is a fault model."""
+AskedFaults = Callable[["Target"], "tuple[FaultModel, ...]"]
+"""The same for several failure rates."""
 
 
 def family(
@@ -97,10 +104,8 @@ _KIND_OPTIONS = (
     click.option(
         "--off-on",
         metavar="A:B",
-        default=":".join(f"{share:g}" for share in _OFF_ON),
-        show_default=True,
         callback=numbers(":"),
-        help="How the rate splits into stuck off and stuck on.",
+        help="How the rate splits into stuck off and stuck on.  [default: as the target says, or 1:5.2]",
     ),
     click.option("--stuck-off", type=float, metavar="P", help="Fraction stuck off, instead of a failure rate."),
     click.option("--stuck-on", type=float, metavar="P", help="Fraction stuck on, instead of a failure rate."),
@@ -133,50 +138,59 @@ _FAULT_OPTIONS = (
 
 
 def _fault_models(
-    rates: tuple[float, ...] | None,
-    off_on: tuple[float, ...],
+    rates: Sequence[float] | None,
+    off_on: tuple[float, ...] | None,
     stuck_off: float | None,
     stuck_on: float | None,
     rate_unit: Any = "cell",
     distribution: Any = "independent",
-) -> tuple[FaultModel, ...]:
-    """Return a fault model for each asked rate."""
-    from rerampile.runtime.faults import FaultModel
-
-    more = {"rate_unit": rate_unit, "distribution": distribution}
-    if stuck_off is not None or stuck_on is not None:
-        if rates is not None:
-            raise click.UsageError("--failure-rate and --stuck-off or --stuck-on: expected one of the two ways")
-        return (FaultModel(stuck_off=stuck_off or 0.0, stuck_on=stuck_on or 0.0, **more),)
-    if len(off_on) != 2:
+) -> AskedFaults:
+    """Return a fault model for each asked rate, once it is known on which target."""
+    given = stuck_off is not None or stuck_on is not None
+    if given and rates is not None:
+        raise click.UsageError("--failure-rate and --stuck-off or --stuck-on: expected one of the two ways")
+    if off_on is not None and len(off_on) != 2:
         raise click.UsageError("--off-on: expected two numbers, as in 1:5.2")
     if rates is not None and len(set(rates)) < len(rates):
         raise click.UsageError("--failure-rate: a rate is there twice, expected different ones")
-    return tuple(FaultModel.of_rate(rate, (off_on[0], off_on[1]), **more) for rate in rates or _DEFAULT_RATES)
+
+    def models(target: Target) -> tuple[FaultModel, ...]:
+        from rerampile.runtime.faults import FaultModel
+
+        more = {"rate_unit": rate_unit, "distribution": distribution}
+        if given:
+            return (FaultModel(stuck_off=stuck_off or 0.0, stuck_on=stuck_on or 0.0, **more),)
+        asked = rates or _DEFAULT_RATES
+        if off_on is None:
+            return tuple(FaultModel.of_target(rate, target, **more) for rate in asked)
+        return tuple(FaultModel.of_rate(rate, (off_on[0], off_on[1]), **more) for rate in asked)
+
+    return models
 
 
 fault_options = family(_FAULT_OPTIONS, "faults", _fault_models)
-"""Gives a command ``faults``: a tuple with the fault model of each asked failure rate."""
+"""Gives a command ``faults``: the :data:`AskedFaults`, a fault model for each failure rate."""
 
 _RATE_OPTION = click.option(
     "--failure-rate",
     "rate",
     metavar="F",
     type=float,
-    help="Fraction of cells that is stuck, for mappings optimal and auto, --clip and --correct.  [default: "
-    f"{_DEFAULT_RATES[0]}]",
+    help="Fraction of cells that is stuck, for mappings optimal and auto, --clip, --correct and --spend-spare-arrays.  "
+    f"[default: {_DEFAULT_RATES[0]}]",
 )
 
 
-def _fault_rate(rate: float | None, **split: Any) -> FaultModel | None:
-    """Return the fault model of one rate, None where nothing was asked for: only then it need not be imported."""
-    if rate is None and split == {"off_on": _OFF_ON, "stuck_off": None, "stuck_on": None}:
+def _fault_rate(rate: float | None, **split: Any) -> AskedFault | None:
+    """Return the fault model of one rate, None where nothing was asked for."""
+    if rate is None and all(value is None for value in split.values()):
         return None
-    return _fault_models(None if rate is None else (rate,), **split)[0]
+    models = _fault_models(None if rate is None else (rate,), **split)
+    return lambda target: models(target)[0]
 
 
 fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rate)
-"""Gives a command ``faults``: the fault model of one failure rate of independent cells, or None for the default."""
+"""Gives a command ``faults``: the :data:`AskedFault` of one rate of independent cells, or None for the default."""
 
 defect_options = family(
     (

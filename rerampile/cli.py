@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from rerampile.chip_options import fault_rate_options, optional_calibration_options
+from rerampile.chip_options import AskedFault, fault_rate_options, optional_calibration_options
 from rerampile.command import (
     PATH,
     examples,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from rerampile.deployment import Deployment
     from rerampile.pruning import PrunedModel
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["main"]
 
@@ -239,6 +238,11 @@ def main() -> None:
     show_default=True,
     help="What counts of the three sums of such a slice.",
 )
+@click.option(
+    "--spend-spare-arrays",
+    is_flag=True,
+    help="Put further copies of the layers that stuck cells hurt most on arrays left over, and average all copies.",
+)
 @click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
 @click.option(
     "--tolerance",
@@ -261,7 +265,7 @@ def compile_(
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
-    faults: FaultModel | None,
+    faults: AskedFault | None,
     current_weight: float,
     scale: Literal["channel", "tensor"],
     clip: bool,
@@ -273,6 +277,7 @@ def compile_(
     pack: bool,
     protect_msb: int | None,
     vote: Literal["median", "mean"],
+    spend_spare_arrays: bool,
     inputs: Path | None,
     tolerance: float | None,
     seed: int,
@@ -288,7 +293,7 @@ def compile_(
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    calibrated, given = clip or correct, data["data"] is not None
+    calibrated, given = clip or correct or spend_spare_arrays, data["data"] is not None
     if correct and not given:
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
     if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
@@ -313,7 +318,7 @@ def compile_(
             out=out,
             target=resolved,
             mapping=mapping,
-            faults=faults if weighed or calibrated else None,
+            faults=faults(resolved) if faults is not None and (weighed or calibrated) else None,
             current_weight=current_weight,
             scale=scale,
             clip=clip,
@@ -325,6 +330,7 @@ def compile_(
             pack=pack,
             protect_msb=protect_msb or 0,
             vote=vote,
+            spend_spare_arrays=spend_spare_arrays,
             inputs=inputs,
             tolerance=tolerance,
             seed=seed,
@@ -451,7 +457,7 @@ def verify(folder: Path, as_json: bool) -> None:
     "-v",
     "--verbose",
     is_flag=True,
-    help="List every array and every digital node, and what schemes and full scales were weighed.",
+    help="List every array and every digital node, and what schemes, full scales and copies were weighed.",
 )
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
@@ -463,7 +469,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_calibrated, show_choices
+        from rerampile.show_mapping import show_calibrated, show_choices, show_copies
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -475,6 +481,7 @@ def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_j
             if verbose:
                 show_choices(console(), read)
                 show_calibrated(console(), read)
+                show_copies(console(), read)
         return
     from rerampile.checks import check_placement
     from rerampile.deployment import load_deployment

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
 from rerampile.chip_options import (
+    AskedFaults,
     data_options,
     effort_options,
     execution_options,
@@ -29,9 +30,6 @@ from rerampile.command import (
     target_options,
 )
 from rerampile.interruption import cleaned_up
-
-if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["compare"]
 
@@ -74,7 +72,7 @@ def compare(
     drop: float,
     data: dict[str, Any],
     metric: dict[str, Any],
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     seed: int,
     effort: dict[str, Any],
     execution: dict[str, Any],
@@ -90,6 +88,7 @@ def compare(
     """
     import msgspec
 
+    from rerampile.deployment import load_deployment
     from rerampile.runtime.comparison import check_alike, check_drop
     from rerampile.runtime.comparison import compare as compare_validations
     from rerampile.runtime.monte_carlo import Experiment
@@ -107,12 +106,14 @@ def compare(
     check_drop(drop)
     place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
     if mappings is not None:
-        worst = max(faults, key=lambda model: model.rate)
         folders = _compiled(
-            sources[0], mappings.split(","), place, worst, target=target, settings=settings, scale=scale
+            sources[0], mappings.split(","), place, faults, target=target, settings=settings, scale=scale
         )
     experiments = [
-        Experiment(folder=folder, faults=faults, seed=seed, **data, **metric, **execution) for folder in folders
+        Experiment(
+            folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data, **metric, **execution
+        )
+        for folder in folders
     ]
     validations = []
     for experiment in experiments:
@@ -148,7 +149,7 @@ def _compiled(
     model: Path,
     mappings: list[str],
     place: Path,
-    faults: FaultModel,
+    faults: AskedFaults,
     *,
     target: str,
     settings: dict[str, Any],
@@ -163,6 +164,7 @@ def _compiled(
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise click.UsageError(f"--mappings {','.join(names)}: expected two or more different ones")
     resolved = Target.load(target, settings)
+    worst = max(faults(resolved), key=lambda model: model.rate)
     with cleaned_up():
         return [
             compile_model(
@@ -170,7 +172,7 @@ def _compiled(
                 out=place / f"{name}.deployment",
                 target=resolved,
                 mapping=name,
-                faults=faults if name in WEIGHED else None,
+                faults=worst if name in WEIGHED else None,
                 scale=scale,
             ).folder
             for name in names

@@ -68,6 +68,7 @@ def compile_model(
     pack: bool = False,
     protect_msb: int = 0,
     vote: Vote = "median",
+    spend_spare_arrays: bool = False,
     inputs: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -82,21 +83,23 @@ def compile_model(
         out: The folder to write. An earlier deployment there is replaced; anything else is refused.
         target: The hardware, a preset's name, or a TOML file.
         mapping: One of :data:`rerampile.schemes.MAPPINGS`; the target's own where None.
-        faults: For ``optimal``, ``auto``, ``clip`` and ``correct``, how likely a cell is stuck; a failure rate of 0.001
-            where None.
+        faults: For ``optimal``, ``auto``, ``clip``, ``correct`` and ``spend_spare_arrays``, how likely a cell is
+            stuck; a failure rate of 0.001 where None, split as the target says.
         current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
             worth.
         scale: One full scale for each tensor, or for each output channel.
         clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
             weight; without images all inputs count alike.
         correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
-        calibration: Images for both, and needed for ``correct``; targets are not.
+        calibration: Images for both and for ``spend_spare_arrays``, and needed for ``correct``; targets are not.
         calibration_images: How many of the images to use at most, spread over the data.
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
         protect_msb: How many of the most significant slices are to have two copies in cells that pruning freed.
         vote: What counts of the three sums of such a slice: their ``median``, or their ``mean``.
+        spend_spare_arrays: Whether arrays of the target that are left over get further copies of the layers that stuck
+            cells hurt most. Copies are averaged.
         inputs: Inputs of the verification (.npz); generated where None.
         tolerance: Largest relative output error, or None for the default of the model's arithmetic.
         seed: Seed of generated inputs.
@@ -113,9 +116,10 @@ def compile_model(
     pruned = model if isinstance(model, PrunedModel) else None
     resolved = target if isinstance(target, Target) else Target.load(target)
     known = known_mapping(mapping or resolved.mapping)
+    weighs_faults = clip or correct or spend_spare_arrays
     options = CompileOptions(
         mapping=known,
-        **_weighing(known, faults, current_weight, calibrated=clip or correct),
+        **_weighing(known, resolved, faults, current_weight, calibrated=weighs_faults),
         scale=_known_scale(scale),
         clip=clip,
         correct=correct,
@@ -128,6 +132,7 @@ def compile_model(
         pack=pack,
         protect_msb=protect_msb,
         vote=_known_vote(vote),
+        spend_spare_arrays=spend_spare_arrays,
         seed=seed,
         inputs=None if inputs is None else Path(inputs),
         tolerance=tolerance,
@@ -135,14 +140,24 @@ def compile_model(
     )
     if calibration is None and correct:
         raise ConfigError("correct: no calibration images, expected some, which show the mean of each input")
-    if calibration is not None and not (clip or correct):
-        raise ConfigError("calibration images without effect, expected clip or correct with them")
+    if calibration is not None and not weighs_faults:
+        raise ConfigError("calibration images without effect, expected clip, correct or spend_spare_arrays with them")
+    if spend_spare_arrays and resolved.unlimited is not None:
+        raise ConfigError(
+            f"--spend-spare-arrays: target '{resolved.name}' has unlimited {resolved.unlimited}, so that none of its "
+            f"arrays is spare, expected a number; give one with --set {resolved.unlimited}=N"
+        )
     if pruned is not None and (options.prune or options.masks is not None):
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
         raise ConfigError("both masks and pruning ratios were given, expected one of the two")
     if protect_msb:
         check_protection(resolved, protect_msb)
+        if spend_spare_arrays:
+            raise ConfigError(
+                "--protect-msb and --spend-spare-arrays: of an averaged layer no single sums are left to vote on, "
+                "expected one of the two"
+            )
     if seed < 0:
         raise ConfigError(f"seed {seed}: expected 0 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
@@ -375,8 +390,8 @@ def _move_into_place(folder: Path, out: Path) -> None:
 
 
 def _weighing(
-    mapping: MappingName, faults: FaultModel | None, current_weight: float, *, calibrated: bool
-) -> dict[str, float]:
+    mapping: MappingName, target: Target, faults: FaultModel | None, current_weight: float, *, calibrated: bool
+) -> dict[str, Any]:
     """Return the options that weigh schemes and full scales, where the mapping or clipping depends on them.
 
     Raises:
@@ -390,10 +405,10 @@ def _weighing(
             f"mapping '{mapping}' is the same for all {given}, expected none; leave them out, or use "
             f"{' or '.join(WEIGHED)}"
         )
-    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip and --correct"
+    what = f"mapping '{mapping}'" if mapping in WEIGHED else "--clip, --correct and --spend-spare-arrays"
     from rerampile.runtime.faults import FaultModel  # brings half of scipy
 
-    faults = faults or FaultModel.of_rate(0.001)
+    faults = faults or FaultModel.of_target(0.001, target)
     if not _LEAST_RATE <= faults.rate <= 1 - _LEAST_RATE:
         raise ConfigError(
             f"{what}: {faults.rate:g} of all cells stuck, expected more than 0 and less than 1, where there is "
@@ -406,7 +421,12 @@ def _weighing(
         )
     if not 0 <= current_weight <= 1:
         raise ConfigError(f"--current-weight {current_weight:g}: expected a number from 0 to 1")
-    return {"stuck_off": faults.stuck_off, "stuck_on": faults.stuck_on, "current_weight": float(current_weight)}
+    return {
+        "stuck_off": faults.stuck_off,
+        "stuck_on": faults.stuck_on,
+        "categories": faults.categories,
+        "current_weight": float(current_weight),
+    }
 
 
 def _known_scale(scale: str) -> Literal["tensor", "channel"]:

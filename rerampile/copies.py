@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from rerampile.deployment import Deployment, copy_span, footprint
 from rerampile.errors import PlanFormatError
-from rerampile.plan import ArrayPlan, Copy, LayerPlan, Partition, Plan, ProtectionPlan, Vote
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, ProtectionPlan, SliceCopy, Vote
 
-__all__ = ["check_copies", "protected_outputs", "protection_of"]
+__all__ = ["check_slice_copies", "protected_outputs", "protection_of"]
 
 Flags = npt.NDArray[np.bool_]
 
@@ -31,13 +31,13 @@ def protection_of(slices: int, vote: Vote, arrays: Sequence[ArrayPlan]) -> Prote
     """
     first = [array for array in arrays if not _is_second_twin(array)]
     held = (p for array in first for p in array.partitions)
-    copied = [(len(array.roles), c.number, c.input_count * c.output_count) for array in arrays for c in array.copies]
+    copied = ((len(a.roles), c.input_count * c.output_count) for a in arrays for c in a.slice_copies)
     return ProtectionPlan(
         slices=slices,
         vote=vote,
-        weights=sum(c.input_count * c.output_count for array in first for c in array.copies if c.number == 1),
+        weights=sum(c.input_count * c.output_count for array in first for c in array.slice_copies if c.number == 1),
         weights_with_cells=sum((p.groups[1] - p.groups[0]) * p.input_count * p.output_count for p in held),
-        cells=sum(roles * slices * weights for roles, _, weights in copied),
+        cells=sum(roles * slices * weights for roles, weights in copied),
         arrays_without_protection=sum(bool(array.partitions) for array in arrays),
     )
 
@@ -46,14 +46,14 @@ def protected_outputs(plan: Plan) -> list[Flags]:
     """Return which outputs of each layer have copies, [groups * outputs] each."""
     found = [np.zeros(layer.groups * layer.outputs, np.bool_) for layer in plan.layers]
     for array in plan.arrays:
-        for copy in array.copies:
+        for copy in array.slice_copies:
             home = plan.arrays[copy.array].partitions[copy.partition]
             first = home.groups[0] * plan.layers[home.layer].outputs
             found[home.layer][np.array(copy.output_indices) + first] = True
     return found
 
 
-def check_copies(deployment: Deployment) -> None:
+def check_slice_copies(deployment: Deployment) -> None:
     """Check that copies take cells that nothing else needs, and that an output has two whole ones or none.
 
     Partitions are taken to be checked already.
@@ -63,7 +63,7 @@ def check_copies(deployment: Deployment) -> None:
             part, or there are copies without the plan's ``protection``.
     """
     plan = deployment.plan
-    with_copies = [array for array in plan.arrays if array.copies]
+    with_copies = [array for array in plan.arrays if array.slice_copies]
     if plan.protection is None:
         if with_copies:
             raise PlanFormatError(f"$.arrays[{with_copies[0].id}]: copies without $.protection; the plan was changed")
@@ -73,7 +73,7 @@ def check_copies(deployment: Deployment) -> None:
     covers: dict[tuple[int, int], list[Flags]] = {}
     for array in with_copies:
         if not _is_second_twin(array):
-            for copy in array.copies:
+            for copy in array.slice_copies:
                 _cover(plan, copy, covers, f"$.arrays[{array.id}]")
     for (number, position), cover in covers.items():
         layer = plan.layers[plan.arrays[number].partitions[position].layer]
@@ -115,7 +115,7 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
         for other, _, columns in spans:
             if layer == other:
                 taken[rows, columns] = True
-    for copy in array.copies:
+    for copy in array.slice_copies:
         home, held = _home(plan, copy, where)
         original = plan.arrays[copy.array]
         if array.twin is not None and array.twin < array.id and original.twin is not None:
@@ -138,7 +138,7 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
         taken[rows, columns] = True
 
 
-def _home(plan: Plan, copy: Copy, where: str) -> tuple[Partition, LayerPlan]:
+def _home(plan: Plan, copy: SliceCopy, where: str) -> tuple[Partition, LayerPlan]:
     """Return the partition that a copy is of, and its layer."""
     if not (copy.array < len(plan.arrays) and copy.partition < len(plan.arrays[copy.array].partitions)):
         raise PlanFormatError(
@@ -153,7 +153,7 @@ def _home(plan: Plan, copy: Copy, where: str) -> tuple[Partition, LayerPlan]:
     return home, plan.layers[home.layer]
 
 
-def _cover(plan: Plan, copy: Copy, covers: dict[tuple[int, int], list[Flags]], where: str) -> None:
+def _cover(plan: Plan, copy: SliceCopy, covers: dict[tuple[int, int], list[Flags]], where: str) -> None:
     """Note which weights of its partition a copy holds, [outputs, inputs] for each number; none may be held twice."""
     home = plan.arrays[copy.array].partitions[copy.partition]
     shape = home.output_count, home.input_count

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rerampile.errors import ConfigError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
-from rerampile.plan import ArrayPlan, Copy, LayerPlan, Partition, Plan, read_plan
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, SliceCopy, read_plan
 from rerampile.schemes import Coding
 from rerampile.target import Target
 from rerampile.tensor_file import TensorFile
@@ -114,21 +114,21 @@ class Deployment:
             number: np.array([coding.zero_cells[k, _cell(role)] for k in array.slices for role in array.roles])
             for number, coding in codings.items()
         }
-        spans = [(p, *footprint(p, len(zeros[p.layer]))) for p in array.partitions]
+        spans = [(p, *lines(p, len(zeros[p.layer]))) for p in array.partitions]
         for p, rows, _ in spans:
             for q, _, others in spans:
                 if p.layer == q.layer:
                     zero = zeros[p.layer]
-                    picture[rows, others] = np.tile(zero, (others.stop - others.start) // len(zero))
+                    picture[np.ix_(rows, others)] = np.tile(zero, len(others) // len(zero))
         for partition in array.partitions:
             self._program(picture, array, partition)
-        for copy in array.copies:
+        for copy in array.slice_copies:
             self._copy(picture, array, copy)
         return picture
 
     def layers_on(self, array: ArrayPlan) -> list[int]:
         """Return the positions of the layers that have weights or copies on an array, in the order of their places."""
-        homes = (self.plan.arrays[copy.array].partitions[copy.partition] for copy in array.copies)
+        homes = (self.plan.arrays[copy.array].partitions[copy.partition] for copy in array.slice_copies)
         return list(dict.fromkeys(p.layer for p in (*array.partitions, *homes)))
 
     def require_outside(self, path: Path) -> None:
@@ -155,9 +155,9 @@ class Deployment:
             if flips.any():
                 swapped = np.ix_(slices, 1 - roles, outputs[flips], np.array(partition.input_indices))
                 block[:, :, flips] = cells[swapped]
-            picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
+            picture[np.ix_(rows, columns)] = block.transpose(3, 2, 0, 1).reshape(len(rows), -1)
 
-    def _copy(self, picture: npt.NDArray[Any], array: ArrayPlan, copy: Copy) -> None:
+    def _copy(self, picture: npt.NDArray[Any], array: ArrayPlan, copy: SliceCopy) -> None:
         """Write the cells of one copy into the picture of its array: those of the most significant slices again."""
         home = self.plan.arrays[copy.array].partitions[copy.partition]
         layer, slices = self.plan.layers[home.layer], self.copied_slices
@@ -175,17 +175,32 @@ class Deployment:
         return 0 if self.plan.protection is None else self.plan.protection.slices
 
 
-def partition_blocks(partition: Partition, width: int) -> Iterator[tuple[int, slice, slice]]:
+def lines(partition: Partition, width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows and the columns of a partition on its array, int64, ascending: by group, input or output, cell.
+
+    Args:
+        partition: The partition.
+        width: Columns that one output takes.
+    """
+    groups = np.arange(partition.groups[1] - partition.groups[0])[:, None]
+    rows = groups * partition.input_count + np.array(partition.row_places, np.int64)
+    slots = groups * partition.output_count + np.array(partition.slot_places, np.int64)
+    columns = slots.reshape(-1, 1) * width + np.arange(width)
+    return partition.row + rows.reshape(-1), partition.column + columns.reshape(-1)
+
+
+def partition_blocks(
+    partition: Partition, width: int
+) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Yield (group, rows, columns) of each group of a partition: where its matrix lies on the array.
 
     Args:
         partition: The partition.
         width: Columns that one output takes.
     """
-    height, breadth = partition.input_count, partition.output_count * width
-    for k, group in enumerate(range(*partition.groups)):
-        row, column = partition.row + k * height, partition.column + k * breadth
-        yield group, slice(row, row + height), slice(column, column + breadth)
+    rows, columns = lines(partition, width)
+    count = partition.groups[1] - partition.groups[0]
+    yield from zip(range(*partition.groups), rows.reshape(count, -1), columns.reshape(count, -1), strict=True)
 
 
 def flipped_outputs(partition: Partition) -> npt.NDArray[np.bool_]:
@@ -196,13 +211,18 @@ def flipped_outputs(partition: Partition) -> npt.NDArray[np.bool_]:
 
 
 def footprint(partition: Partition, width: int) -> tuple[slice, slice]:
-    """Return all rows and all columns that a partition spans."""
+    """Return all rows and all columns that a partition spans, those that it leaves free between others included."""
     groups = partition.groups[1] - partition.groups[0]
-    height, breadth = groups * partition.input_count, groups * partition.output_count * width
-    return slice(partition.row, partition.row + height), slice(partition.column, partition.column + breadth)
+    height, breadth = groups * partition.input_count, groups * partition.output_count
+    if partition.input_rows:
+        height = partition.input_rows[-1] + 1
+    if partition.output_slots:
+        breadth = partition.output_slots[-1] + 1
+    row, column = partition.row, partition.column
+    return slice(row, row + height), slice(column, column + breadth * width)
 
 
-def copy_span(copy: Copy, array: ArrayPlan, slices: int) -> tuple[slice, slice]:
+def copy_span(copy: SliceCopy, array: ArrayPlan, slices: int) -> tuple[slice, slice]:
     """Return the rows and the columns of a copy of so many slices on its array."""
     width = copy.output_count * slices * len(array.roles)
     return slice(copy.row, copy.row + copy.input_count), slice(copy.column, copy.column + width)

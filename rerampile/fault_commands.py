@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from rerampile.chip_options import fault_options, seed_option
+from rerampile.chip_options import AskedFaults, fault_options, seed_option
 from rerampile.command import PATH, examples
 from rerampile.interruption import cleaned_up
-
-if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["fault_maps"]
 
@@ -28,22 +24,23 @@ def fault_maps() -> None:
 @seed_option
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Chips.")
 @click.option("-o", "--out", metavar="FILE", type=PATH, required=True, help="A .safetensors or .csv file.")
-def draw(folder: Path, faults: tuple[FaultModel, ...], seed: int, runs: int, out: Path) -> None:
+def draw(folder: Path, faults: AskedFaults, seed: int, runs: int, out: Path) -> None:
     """Draw the stuck cells of chips of a deployment, as 'validate' would, and write them to a file."""
     from rerampile.deployment import load_deployment
     from rerampile.runtime.copy_places import refuse_weight_rates
     from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
     from rerampile.runtime.faults import draw_faults
 
-    if len(faults) != 1:
-        raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment = load_deployment(folder)
+    models = faults(deployment.target)
+    if len(models) != 1:
+        raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment.require_outside(out)
     refuse_weight_rates(deployment, faults)
     geometry = ChipGeometry.of(deployment)
-    chips = [draw_faults(geometry, faults[0], deployment.target, seed=seed, run=run) for run in range(runs)]
+    chips = [draw_faults(geometry, models[0], deployment.target, seed=seed, run=run) for run in range(runs)]
     with cleaned_up():
-        write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(faults[0])})
+        write_fault_maps(out, chips, deployment, notes={"seed": str(seed), "model": str(models[0])})
     cells = sum(len(chip) for chip in chips)
     click.echo(f"{out}: {runs} chips, {cells:,} stuck of {runs * geometry.cells:,} cells", err=True)
 
@@ -69,7 +66,7 @@ def show_faults(folder: Path, file: Path, chip: int, array_id: int, png: Path | 
     if chip >= len(chips):
         raise ConfigError(f"{file}: no chip {chip}, expected 0 to {len(chips) - 1}")
     for number, found in enumerate(chips):
-        click.echo(f"chip {number}: {found.stuck_off:,} cells stuck off, {found.stuck_on:,} stuck on")
+        click.echo(f"chip {number}: {found.counts_text}")
     if png is not None:
         picture = array_picture(deployment, chips[chip], array_id, f"array {array_id} of chip {chip}")
         png.write_bytes(render(stuck_picture(picture))[1])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import defect_options, training_data_options
+from rerampile.chip_options import AskedFault, defect_options, training_data_options
 from rerampile.command import (
     PATH,
     examples,
@@ -21,7 +21,6 @@ from rerampile.command import (
 from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
     from rerampile.training.stuck_weights import Defects
 
 __all__ = ["finetune"]
@@ -82,7 +81,7 @@ def finetune(
     epochs: int,
     learning_rate: float,
     augment: bool,
-    faults: FaultModel | None,
+    faults: AskedFault | None,
     mapping: str | None,
     scale: Any,
     target: str,
@@ -117,6 +116,10 @@ def finetune(
     from rerampile.training.finetune import finetune as train
     from rerampile.training.stuck_weights import Defects
 
+    defects = None
+    if faults is not None:
+        resolved = Target.load(target, settings)
+        defects = Defects(faults=faults(resolved), target=resolved, mapping=mapping, scale=scale)
     request = FinetuneRequest(
         epochs=epochs,
         batch=data["batch"],
@@ -125,9 +128,7 @@ def finetune(
         seed=seed,
         ratios=ratios if isinstance(ratios, dict) else {} if ratios is None else {"*": ratios},
         protect=tuple(word for word in protect.split(",") if word),
-        defects=None
-        if faults is None
-        else Defects(faults=faults, target=Target.load(target, settings), mapping=mapping, scale=scale),
+        defects=defects,
     )
     names = {MODEL, f"{MODEL}.data", MASKS, _RECORD, _CHECKPOINT}
     place = own_folder(out or Path(f"{model.stem}.finetuned"), names | {f".{name}" for name in names})
@@ -170,8 +171,12 @@ def _recorded(defects: Defects | None) -> dict[str, Any] | None:
     """Return defects in plain data, None where none were drawn."""
     if defects is None:
         return None
-    rates = {"stuck_off": defects.faults.stuck_off, "stuck_on": defects.faults.stuck_on}
-    return {**rates, "mapping": defects.coding.scheme, "scale": defects.scale, "target": defects.target.to_dict()}
+    return {
+        **defects.faults.probabilities,
+        "mapping": defects.coding.scheme,
+        "scale": defects.scale,
+        "target": defects.target.to_dict(),
+    }
 
 
 def _say(epoch: int, epochs: int, done: int, images: int, loss: float) -> None:

@@ -29,7 +29,7 @@ __all__ = [
     "ChipStep",
     "ClipPlan",
     "Conventions",
-    "Copy",
+    "CopiesPlan",
     "CorrectionPlan",
     "DigitalPlan",
     "FileRecord",
@@ -45,6 +45,7 @@ __all__ = [
     "ProtectionPlan",
     "Region",
     "SchemeEstimate",
+    "SliceCopy",
     "Totals",
     "Unrepaired",
     "Use",
@@ -287,6 +288,24 @@ class CorrectionPlan(_Record, kw_only=True, frozen=True):
     error_uncorrected: float
 
 
+class CopiesPlan(_Record, kw_only=True, frozen=True):
+    """How often a layer is held, its copies averaged.
+
+    Errors are what is expected to differ from chip to chip in the layer's products, squared, as a share of the squared
+    products of the user's weights on the calibration images; where there were no images, or none show the layer's
+    inputs, for inputs of one size that have nothing in common. Mean errors, which copies share, are not counted.
+
+    Attributes:
+        count: Copies. Each holds every weight in cells of its own; the weights that are read are the mean of them all.
+        error: Expected of the mean of the copies, ``error_single / count``.
+        error_single: Expected of one copy.
+    """
+
+    count: Annotated[int, Meta(ge=1)]
+    error: float
+    error_single: float
+
+
 class LayerPlan(_Record, kw_only=True, frozen=True):
     """One weight tensor as matrices of cells.
 
@@ -323,6 +342,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
             stuck.
         clip: How its full scales were chosen; left out where they are the largest magnitudes.
         correction: What makes up for mean errors; left out where nothing does.
+        copies: How often it is held on arrays, to be averaged; left out where spare arrays were not to be spent, so
+            that it is held once.
         mask: How the layer was pruned; null where it was not.
         folds: What was folded into the layer, in the order in which it acts.
         constant_chain: Nodes that computed the weights from initializers, in order; empty for an initializer.
@@ -358,9 +379,15 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     choice: MappingChoice | None = None
     clip: ClipPlan | msgspec.UnsetType = msgspec.UNSET
     correction: CorrectionPlan | msgspec.UnsetType = msgspec.UNSET
+    copies: CopiesPlan | msgspec.UnsetType = msgspec.UNSET
     mask: MaskPlan | None = None
     folds: list[FoldPlan] = []
     constant_chain: list[str] = []
+
+    @property
+    def copy_count(self) -> int:
+        """How many copies are averaged; 1 where there is but one."""
+        return self.copies.count if isinstance(self.copies, CopiesPlan) else 1
 
     @property
     def view(self) -> MatrixView:
@@ -433,9 +460,14 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         groups: The layer's groups.
         inputs: Range of inputs, in row order.
         outputs: Range of outputs, in column order.
-        input_index: The inputs, ascending, where they are no range.
+        input_index: The inputs in row order, where they are no range; ascending but where a chip was programmed.
         output_index: The outputs in column order, where they are no range; ascending but where a chip was programmed.
-        replica: Number of the copy, for layers held several times for throughput.
+        input_rows: Where a chip was programmed and rows between were left free: the row of each input, counted from
+            ``row``, ascending. Of partitions of one group.
+        output_slots: Where columns between were left free: the place of each output, counted from ``column`` in outputs
+            (of ``width`` columns each), ascending. Of partitions of one group.
+        replica: Number of the replica, for layers held several times for throughput: each serves other inputs.
+        copy: Number of the copy of those that are averaged, all of which serve the same inputs.
         flipped: Numbers, ascending, of the outputs whose columns have changed roles: plus stands where minus would,
             and minus where plus would. Output ``b`` of group ``groups[0] + k`` has number ``k * outputs + b`` for as
             many outputs as a group of the partition has.
@@ -449,11 +481,24 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
     outputs: Range | None = None
     input_index: list[Count] | None = None
     output_index: list[Count] | None = None
+    input_rows: list[Count] | None = None
+    output_slots: list[Count] | None = None
     replica: Count = 0
+    copy: Count = 0
     flipped: list[Count] | None = None
 
+    @property
+    def row_places(self) -> list[int]:
+        """The rows of a group's inputs, counted from its first."""
+        return list(range(self.input_count)) if self.input_rows is None else self.input_rows
 
-class Copy(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
+    @property
+    def slot_places(self) -> list[int]:
+        """The places of a group's outputs, counted from its first, in outputs."""
+        return list(range(self.output_count)) if self.output_slots is None else self.output_slots
+
+
+class SliceCopy(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """Copies of the most significant slices of some weights of a partition, on cells that hold nothing else.
 
     They are read with no other rows than theirs driven, so that what lies beside them does not count.
@@ -494,7 +539,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
         slices: Which slices it holds, least significant first.
         partitions: What sits on it.
         twin: The array with the other cells of the same weights; null where it holds both.
-        copies: Copies of most significant slices in cells that no partition needs; left out where there are none.
+        slice_copies: Copies of most significant slices in cells that no partition needs; left out where there are none.
     """
 
     id: Count
@@ -506,7 +551,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     slices: list[Count]
     partitions: list[Partition]
     twin: Count | None = None
-    copies: list[Copy] = []
+    slice_copies: list[SliceCopy] = []
 
 
 class Region(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
@@ -563,11 +608,13 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
         arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
-        arrays_saved_by_packing: ``arrays_before_packing`` less the arrays that hold weights.
+        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``, but for those that hold copies alone.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over the cells that sit on arrays.
         digital_operations: Entries of ``digital``.
+        arrays_spent: Arrays that hold nothing but further copies of layers, counted in ``arrays``; left out where spare
+            arrays were not to be spent.
     """
 
     layers: Count
@@ -586,6 +633,7 @@ class Totals(_Record, kw_only=True, frozen=True):
     weights_without_cells: Count
     mean_pair_conductance: float
     digital_operations: Count
+    arrays_spent: Count | msgspec.UnsetType = msgspec.UNSET
 
 
 class ProtectionPlan(_Record, kw_only=True, frozen=True):
@@ -661,16 +709,18 @@ class ChipStep(_Record, kw_only=True, frozen=True):
     """What one step of programming left of the errors of a chip.
 
     Attributes:
-        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``,
-            ``repair`` or ``gain``.
+        step: ``none`` before anything was done, else the step: ``compensate``, ``assign``, ``flip``, ``repair``,
+            ``gain`` or ``bias``.
         error: Root of the mean over layers of the squared relative errors, all layers counting alike.
         touched: Healthy cells whose target differs from the compiled one, after this step.
+        moved: Inputs and outputs of partitions that another row or other columns have been given, after this step.
         flipped: Column segments with changed roles, after this step.
     """
 
-    step: Literal["none", "compensate", "assign", "flip", "repair", "gain"]
+    step: Literal["none", "compensate", "assign", "flip", "repair", "gain", "bias"]
     error: float
     touched: Count
+    moved: Count
     flipped: Count
 
 
@@ -686,6 +736,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
         measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
         energy: That of the compiled weights.
         errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``.
+        bias: Initializer of ``deployed.onnx`` whose values step ``bias`` has shifted; null where none.
+        shift: What was added to it, for each output; empty where there is none.
     """
 
     stuck: Count
@@ -695,6 +747,8 @@ class ChipLayer(_Record, kw_only=True, frozen=True):
     measure: Literal["moments", "plain"]
     energy: float
     errors: list[float]
+    bias: str | None
+    shift: list[float]
 
 
 class Unrepaired(_Record, kw_only=True, frozen=True):
@@ -707,6 +761,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
         wanted: The weight that was compiled.
         found: What the chip reads.
         share: Its squared error by the layer's measure (without cross terms), as a share of the layer's energy.
+        array: The array of its stuck cell; of the first, where several are stuck.
+        row: The cell's row there.
+        column: Its column.
     """
 
     layer: Count
@@ -715,6 +772,9 @@ class Unrepaired(_Record, kw_only=True, frozen=True):
     wanted: float
     found: float
     share: float
+    array: Count
+    row: Count
+    column: Count
 
 
 class ChipPlan(_Record, kw_only=True, frozen=True):
@@ -725,9 +785,11 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
         source: Name of the fault map that was given.
         source_sha256: Hash of that file.
         number: Number of the chip in it.
-        compiled_sha256: ``plan_sha256`` of the deployment that was programmed.
+        compiled: Name of the folder of the deployment that was programmed.
+        compiled_sha256: Its ``plan_sha256``.
         stuck_off: Stuck-off cells of all arrays.
         stuck_on: Stuck-on cells of all arrays.
+        categories: Cells of all arrays that failed in other ways, by name; left out where there are none.
         calibration: Name of the calibration data; null where there were none.
         calibration_images: Images of it.
         steps: Before anything, and after each step that was taken.
@@ -744,6 +806,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     source: str
     source_sha256: Sha256
     number: Count
+    compiled: str
     compiled_sha256: Sha256
     stuck_off: Count
     stuck_on: Count
@@ -755,6 +818,7 @@ class ChipPlan(_Record, kw_only=True, frozen=True):
     unrepaired_total: Count
     output_error_before: float | None
     output_error: float | None
+    categories: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):

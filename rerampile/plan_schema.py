@@ -5,9 +5,10 @@ It ships in the package as ``plan.schema.json``; ``python docs/plan_format.py`` 
 
 from __future__ import annotations
 
+from rerampile.field_checks import WORDS_FOR_NONE
 from rerampile.json_schema import DRAFT, Definition, described_records
 from rerampile.plan import Plan
-from rerampile.target import WORDS_FOR_NONE, Target
+from rerampile.target import LEFT_OUT, Target
 
 __all__ = ["plan_schema"]
 
@@ -19,9 +20,9 @@ _EITHER_RANGE_OR_INDEX = [
 def plan_schema() -> Definition:
     """Return the JSON Schema (draft 2020-12) of a plan."""
     definitions = described_records([Plan, Target])
-    for name in ("Target", "Cell", "Stuck"):
+    for name in ("Target", "Cell", "Stuck", "FailedCells", "Category"):
         _as_written(definitions[name])
-    for name in ("Partition", "Copy", "Region"):
+    for name in ("Partition", "SliceCopy", "Region"):
         definitions[name]["allOf"] = _EITHER_RANGE_OR_INDEX
     plan = definitions.pop("Plan")
     plan["properties"]["target"] |= {"$ref": "#/$defs/Target"}
@@ -39,5 +40,5 @@ def _as_written(definition: Definition) -> None:
                 choice.clear()
                 choice["const"] = WORDS_FOR_NONE[key]
                 value["description"] = value["description"].replace("None", f'"{choice["const"]}"')
-    definition["required"] = list(properties)
+    definition["required"] = [key for key in properties if key not in LEFT_OUT]
     definition["additionalProperties"] = False

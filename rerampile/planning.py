@@ -91,10 +91,14 @@ def _options(unit: Unit) -> dict[str, Any]:
     """Return the resolved options; files by name only, so that the plan does not depend on where they lie."""
     options = dataclasses.asdict(unit.options)
     options.pop("keep_stages")
+    if not options["categories"]:
+        del options["categories"]
     if unit.calibration is None:
         options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
     if not unit.options.protect_msb:
         options = {key: value for key, value in options.items() if key not in ("protect_msb", "vote")}
+    if not unit.options.spend_spare_arrays:
+        options.pop("spend_spare_arrays")
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
 
 
@@ -133,6 +137,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         choice=mapped.choice,
         clip=mapped.clip or msgspec.UNSET,
         correction=mapped.correction or msgspec.UNSET,
+        copies=unit.copies.get(layer.name, msgspec.UNSET),
         mask=None
         if mask is None
         else MaskPlan(

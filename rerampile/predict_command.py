@@ -6,15 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from rerampile.chip_options import data_options, fault_options
+from rerampile.chip_options import AskedFaults, data_options, fault_options
 from rerampile.command import PATH, examples, json_option, print_json
-
-if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["predict"]
 
@@ -39,7 +36,7 @@ __all__ = ["predict"]
 def predict(
     folder: Path,
     data: dict[str, Any],
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     seed: int,
     out: Path | None,
     quiet: bool,
@@ -53,10 +50,11 @@ def predict(
     """
     import msgspec
 
+    from rerampile.deployment import load_deployment
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.predict import predict_experiment
 
-    experiment = Experiment(folder=folder, faults=faults, seed=seed, **data)
+    experiment = Experiment(folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data)
     with _progress(quiet) as progress:
         found = predict_experiment(experiment, progress=progress)
     if out is not None:

@@ -16,8 +16,9 @@ from rerampile.interruption import cleaned_up
 from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
+    from rerampile.chip_calibration import Calibration
     from rerampile.deployment import Deployment
-    from rerampile.programmer import Calibration
+    from rerampile.plan import ChipPlan
 
 __all__ = ["program"]
 
@@ -43,7 +44,7 @@ _IMAGES = 256
 @click.option(
     "--steps",
     metavar="NAME,...",
-    help="Some of compensate, assign, flip, repair, gain.  [default: all; without --calibration all but repair]",
+    help="Some of compensate, assign, flip, repair, gain, bias.  [default: all; repair and bias need --calibration]",
 )
 @optional_calibration_options
 @click.option(
@@ -74,13 +75,13 @@ def program(
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
-    from rerampile.runtime.layer_program import STEPS
-    from rerampile.show_program import show_chip
+    from rerampile.runtime.layer_program import CALIBRATED, STEPS
+    from rerampile.show_program import show_bins, show_chip
     from rerampile.terminal import console
 
     requirements = [ChipRequirement.parse(text) for text in required]
     calibrated = data["data"] is not None
-    wanted = [step for step in STEPS if calibrated or step != "repair"] if steps is None else steps.split(",")
+    wanted = [step for step in STEPS if calibrated or step not in CALIBRATED] if steps is None else steps.split(",")
     ordered = check_steps(wanted, calibrated)
     deployment = load_deployment(folder)
     deployment.require_outside(out)
@@ -88,7 +89,8 @@ def program(
     for _, place in sources:
         check_replaceable(place)
     calibration = _calibration(deployment, data, quiet) if calibrated else None
-    records, unmet = [], False
+    records: list[dict[str, Any]] = []
+    bins: list[tuple[str, ChipPlan, bool | None]] = []
     for source, place in sources:
         with cleaned_up(), _progress(quiet, place.name) as progress:
             chip = program_chip(
@@ -97,7 +99,7 @@ def program(
         if chip is None:
             continue
         results = [(requirement.text, *requirement.check(chip)) for requirement in requirements]
-        unmet = unmet or not all(met for _, _, met in results)
+        bins.append((place.name, chip, all(met for _, _, met in results) if results else None))
         if as_json:
             verdicts = [{"text": text, "found": found, "met": met} for text, found, met in results]
             records.append({"folder": str(place), "chip": msgspec.to_builtins(chip), "requirements": verdicts})
@@ -105,13 +107,15 @@ def program(
             show_chip(console(), deployment.plan.layers, chip, place, results)
     if as_json:
         print_json({"chips": records})
-    if unmet:
+    elif len(bins) > 1:
+        show_bins(console(), bins)
+    if any(met is False for _, _, met in bins):
         ctx.exit(_UNMET)
 
 
 def _calibration(deployment: Deployment, data: dict[str, Any], quiet: bool) -> Calibration:
     """Run the calibration images that the options name."""
-    from rerampile.programmer import calibrate
+    from rerampile.chip_calibration import calibrate
 
     count = data["images"] or _IMAGES
     images = open_calibration(deployment.model_path, data, count)

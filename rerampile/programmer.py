@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,97 +17,39 @@ import numpy.typing as npt
 
 from rerampile.background import side_by_side
 from rerampile.checks import weight_bytes
+from rerampile.chip_calibration import Calibration
 from rerampile.compiler import written_whole
 from rerampile.deployment import Deployment, layer_coding, load_deployment
+from rerampile.digital_bias import shifted_model
 from rerampile.errors import ConfigError, InternalError
-from rerampile.files import CONDUCTANCES, FAULTS, PLAN, REFERENCE
-from rerampile.graph import ModelGraph
-from rerampile.onnx_file import file_sha256, hash_on_disk, load_model_file
-from rerampile.passes.find_layers import find_layers
+from rerampile.files import CONDUCTANCES, DEPLOYED, FAULTS, PLAN, REFERENCE
+from rerampile.onnx_file import file_sha256, hash_on_disk
 from rerampile.plan import (
-    ArrayPlan,
     ChipLayer,
     ChipPlan,
     ChipStep,
     FileRecord,
     LayerPlan,
-    Partition,
     Plan,
     Unrepaired,
     encode_plan,
 )
+from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.compare import flat, output_error
-from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.inject import Injector, LayerFaults
-from rerampile.runtime.layer_program import LISTED, STEPS, LayerProgram
-from rerampile.runtime.plain_model import plain_model
+from rerampile.runtime.layer_program import CALIBRATED, LISTED, STEPS, LayerProgram, require_single_copies
 from rerampile.runtime.programmed_chip import outputs_with
-from rerampile.runtime.second_moments import second_moments
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.verify import keep_reference, reference_inputs
 from rerampile.schemes import row_chunks
 from rerampile.tensor_file import TensorFile, TensorWriter
 from rerampile.totals import totals_of, weights_without_cells
 
-__all__ = ["Calibration", "ChipRequirement", "ChipSource", "calibrate", "check_steps", "chip_sources", "program_chip"]
-
-_CALIBRATED = ("repair",)  # steps that need to know what layers see
+__all__ = ["ChipRequirement", "ChipSource", "check_steps", "chip_sources", "program_chip"]
 
 Outputs = Sequence[Any]
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What layers see on calibration images.
-
-    Attributes:
-        name: The data.
-        images: How many images.
-        moments: By position of the layer in the plan: mean of x x^T, float32 [groups, inputs, inputs].
-    """
-
-    name: str
-    images: int
-    moments: Mapping[int, Floats]
-
-
-def calibrate(
-    deployment: Deployment, data: Dataset, images: int, progress: Callable[[int, int], None] | None = None
-) -> Calibration:
-    """Run calibration images through a deployed model without faults; layers that cannot be observed are left out.
-
-    Args:
-        deployment: The deployment.
-        data: Images; targets are not needed.
-        images: How many of them to use at most.
-        progress: Called with (images done, all images).
-    """
-    plain = plain_model(deployment)
-    for tensor in plain.proto.graph.initializer:
-        if tensor.name in plain.weights:
-            mapped = deployment.plan.layers[plain.weights.index(tensor.name)]
-            weights = np.ascontiguousarray(mapped.view.tensor(deployment.weights(mapped)), "<f4")
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            tensor.raw_data = weights.tobytes()
-    graph = ModelGraph(load_model_file(plain.proto))
-    numbers = {name: number for number, name in enumerate(plain.weights)}
-    layers = [layer for layer in find_layers(graph)[0] if layer.name in numbers]
-    chosen = spread(len(data), min(images, len(data)))
-    found, _ = second_moments(graph, layers, data, chosen, progress=progress)
-    means: dict[int, Floats] = {}  # by identity: layers that see the same share one result
-    moments = {}
-    for layer in layers:
-        plan = deployment.plan.layers[numbers[layer.name]]
-        seen = found.get(layer.name)
-        if seen is None or seen.moment.shape != (plan.groups, plan.inputs, plan.inputs) or not seen.count:
-            continue
-        if id(seen) not in means:
-            means[id(seen)] = (seen.moment / seen.count).astype(np.float32)
-        moments[numbers[layer.name]] = means[id(seen)]
-    return Calibration(name=data.name, images=len(chosen), moments=moments)
 
 
 @dataclass(frozen=True)
@@ -165,7 +107,7 @@ def check_steps(steps: Sequence[str], calibrated: bool) -> tuple[str, ...]:
     for step in steps:
         if step not in STEPS:
             raise ConfigError(f"--steps: no step '{step}', expected some of {', '.join(STEPS)}")
-        if step in _CALIBRATED and not calibrated:
+        if step in CALIBRATED and not calibrated:
             raise ConfigError(f"--steps: '{step}' has to know what layers see; name images with --calibration")
     return tuple(step for step in STEPS if step in steps)
 
@@ -225,7 +167,6 @@ class _Programmed:
         touched: Healthy cells with another target, before and after each step.
         flips: Changed segments, before and after each step.
         flipped: The changed segments in the end.
-        order: Rows of the matrix in the order of segments, by the first segment of each piece where it was changed.
     """
 
     plan: LayerPlan
@@ -235,7 +176,6 @@ class _Programmed:
     touched: list[int]
     flips: list[int]
     flipped: npt.NDArray[np.int64]
-    order: Mapping[int, npt.NDArray[np.int64]]
 
 
 def program_chip(
@@ -265,16 +205,17 @@ def program_chip(
     """
     if deployment.plan.chip is not None:
         raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
-    if deployment.plan.protection is not None:
-        raise ConfigError(
-            f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
-            f"--protect-msb"
-        )
+    require_single_copies(deployment)
     ordered = check_steps(steps, calibration is not None)
-    injector = Injector(deployment)
-    stuck = injector.stuck(source.faults)
-    blocks = _blocks(deployment.plan)
-    moments = {} if calibration is None else calibration.moments
+    stuck = placed = Injector(deployment).stuck(source.faults)
+    plan, moved = deployment.plan, 0
+    moments, biases = ({}, {}) if calibration is None else (calibration.moments, calibration.biases)
+    if "assign" in ordered:
+        better = assigned(
+            deployment, source.faults, moments, compensating="compensate" in ordered, flipping="flip" in ordered
+        )
+        plan, moved = better.deployment.plan, better.moved
+        placed = Injector(better.deployment).stuck(source.faults)
     specs = deployment.conductances.specs
     tensors = [(name, spec.dtype, spec.shape) for name, spec in sorted(specs.items(), key=lambda item: item[1].offset)]
     done = 0
@@ -286,7 +227,9 @@ def program_chip(
 
             def one(number: int) -> _Programmed:
                 nonlocal done
-                program = LayerProgram(deployment, number, stuck[number], moments.get(number), blocks[number])
+                bias = biases.get(number)
+                mean = None if bias is None else bias.mean
+                program = LayerProgram(deployment, number, stuck[number], moments.get(number), placed[number], mean)
                 for step in ordered:
                     program.step(step)
                 writer.write(program.plan.cells_tensor, program.cells)
@@ -297,12 +240,11 @@ def program_chip(
                 return _Programmed(
                     plan=_layer_plan(deployment, number, program),
                     faults=program.faults,
-                    record=program.record(),
+                    record=program.record() if bias is None else program.record(bias.name, bias.scale),
                     unrepaired=program.unrepaired(),
                     touched=program.touched,
                     flips=program.flips,
                     flipped=program.flipped,
-                    order=program.order,
                 )
 
             numbers = range(len(stuck))
@@ -310,7 +252,10 @@ def program_chip(
         for name in deployment.plan.files:
             if name not in (CONDUCTANCES, REFERENCE):
                 shutil.copyfile(deployment.folder / name, folder / name)
-        plan = _plan(deployment, source, layers, ("none", *ordered), calibration)
+        shifts = {r.bias: np.array(r.shift) for r in (layer.record for layer in layers) if r.bias is not None}
+        if shifts:
+            (folder / DEPLOYED).write_bytes(shifted_model(deployment.model_path, shifts))
+        plan = _plan(deployment, _flipped(plan, layers), source, layers, ("none", *ordered), moved, calibration)
         conductances = writer.sha256.result()
         _finish(deployment, source, folder, plan, {CONDUCTANCES: conductances}, [layer.faults for layer in layers])
     return load_deployment(out)
@@ -340,26 +285,27 @@ def _layer_plan(deployment: Deployment, number: int, program: LayerProgram) -> L
 
 def _plan(
     deployment: Deployment,
+    placed: Plan,
     source: ChipSource,
     layers: Sequence[_Programmed],
     steps: Sequence[Any],
+    moved: int,
     calibration: Calibration | None,
 ) -> Plan:
     """Return the chip's plan, but for its files and its outputs."""
-    plan = deployment.plan
+    plan, arrays = deployment.plan, placed.arrays
     records = [layer.record for layer in layers]
-    flipped = np.sort(np.concatenate([np.zeros(0, np.int64), *(layer.flipped for layer in layers)]))
-    order = {segment: rows for layer in layers for segment, rows in layer.order.items()}
-    arrays = _programmed_arrays(plan, flipped, order)
     worst = sorted((weight for layer in layers for weight in layer.unrepaired), key=lambda weight: -weight.share)
     chip = ChipPlan(
         faults=FAULTS,
         source=source.path.name,
         source_sha256=file_sha256(source.path),
         number=source.number,
+        compiled=deployment.folder.resolve().name,
         compiled_sha256=plan.plan_sha256,
         stuck_off=source.faults.stuck_off,
         stuck_on=source.faults.stuck_on,
+        categories=source.faults.categories or msgspec.UNSET,
         calibration=None if calibration is None else calibration.name,
         calibration_images=0 if calibration is None else calibration.images,
         steps=[
@@ -367,6 +313,7 @@ def _plan(
                 step=step,
                 error=math.sqrt(math.fsum(r.errors[n] for r in records) / len(records)),
                 touched=sum(layer.touched[n] for layer in layers),
+                moved=moved if "assign" in steps[: n + 1] else 0,
                 flipped=sum(layer.flips[n] for layer in layers),
             )
             for n, step in enumerate(steps)
@@ -390,49 +337,22 @@ def _plan(
     return msgspec.structs.replace(plan, layers=plans, arrays=arrays, totals=totals, chip=chip)
 
 
-def _segments(plan: Plan) -> Iterator[tuple[int, int, int, Partition]]:
-    """Yield array, place on it, first column segment, and partition, counted as the injector counts segments."""
+def _flipped(plan: Plan, layers: Sequence[_Programmed]) -> Plan:
+    """Return a plan with the column segments that have changed roles, counted as the injector counts them."""
+    flipped = np.sort(np.concatenate([np.zeros(0, np.int64), *(layer.flipped for layer in layers)]))
+    partitions = [list(array.partitions) for array in plan.arrays]
     segment = 0
     for array in plan.arrays:
         if array.twin is not None and array.twin < array.id:
             continue
         for place, partition in enumerate(array.partitions):
-            yield array.id, place, segment, partition
-            segment += (partition.groups[1] - partition.groups[0]) * partition.output_count
-
-
-def _blocks(plan: Plan) -> list[list[tuple[int, npt.NDArray[np.int64]]]]:
-    """Return, by layer, first segment and rows of the pieces whose outputs can change places: those of one group."""
-    found: list[list[tuple[int, npt.NDArray[np.int64]]]] = [[] for _ in plan.layers]
-    for _, _, segment, partition in _segments(plan):
-        first, last = partition.groups
-        if last - first == 1 and partition.output_count > 1:
-            rows = np.array(partition.output_indices) + first * plan.layers[partition.layer].outputs
-            found[partition.layer].append((segment, rows))
-    return found
-
-
-def _programmed_arrays(
-    plan: Plan, flipped: npt.NDArray[np.int64], order: Mapping[int, npt.NDArray[np.int64]]
-) -> list[ArrayPlan]:
-    """Return the arrays of a plan with the outputs that changed places, and the segments that changed roles."""
-    partitions = [list(array.partitions) for array in plan.arrays]
-    for array, place, segment, partition in _segments(plan):
-        count = (partition.groups[1] - partition.groups[0]) * partition.output_count
-        first, last = np.searchsorted(flipped, [segment, segment + count])
-        changes: dict[str, Any] = {}
-        if last > first:
-            changes["flipped"] = (flipped[first:last] - segment).tolist()
-        if segment in order:
-            outputs = order[segment] - partition.groups[0] * plan.layers[partition.layer].outputs
-            changes |= {"outputs": None, "output_index": outputs.tolist()}
-        partitions[array][place] = msgspec.structs.replace(partition, **changes)
-    return [
-        msgspec.structs.replace(
-            array, partitions=partitions[array.id if array.twin is None else min(array.id, array.twin)]
-        )
-        for array in plan.arrays
-    ]
+            count = (partition.groups[1] - partition.groups[0]) * partition.output_count
+            first, last = np.searchsorted(flipped, [segment, segment + count])
+            if last > first:
+                changed = msgspec.structs.replace(partition, flipped=(flipped[first:last] - segment).tolist())
+                partitions[array.id][place] = changed
+            segment += count
+    return with_partitions(plan, partitions)
 
 
 def _finish(

@@ -15,10 +15,11 @@ import onnx
 from rerampile.copies import protection_of
 from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
 from rerampile.deployment import Deployment, layer_coding
+from rerampile.digital_bias import check_shifts
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
-from rerampile.plan import Conventions
+from rerampile.plan import Conventions, CopiesPlan
 from rerampile.schemes import row_chunks
 from rerampile.totals import totals_of, weights_without_cells
 
@@ -51,7 +52,7 @@ def check_sums(deployment: Deployment) -> None:
 
 
 def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: npt.NDArray[np.bool_] | None) -> None:
-    """Compare the zeros, the mask and the mean conductance of a layer with its weights and its cells.
+    """Compare the zeros, the mask, the copies and the mean conductance of a layer with its weights and its cells.
 
     A weight that is not zero may be held as zero, so that zeros are known to be no more than those decoded and no
     fewer than those pruned.
@@ -74,6 +75,8 @@ def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: 
         _expect(deployment, f"{where}.mask.kept", layer.mask.kept, total - pruned)
     if not certain <= layer.zeros <= decoded_zeros:
         raise _changed(deployment, f"{where}.zeros", layer.zeros, f"{certain} to {decoded_zeros}")
+    if isinstance(layer.copies, CopiesPlan):
+        _expect(deployment, f"{where}.copies.error", layer.copies.error, layer.copies.error_single / layer.copies.count)
     _expect(deployment, f"{where}.sparsity", layer.sparsity, layer.zeros / total if total else 0.0)
     _check_mean(deployment, number, total)
 
@@ -102,6 +105,7 @@ def check_nodes(deployment: Deployment) -> None:
         model = onnx.load_model(deployment.model_path, load_external_data=False)
     except google.protobuf.message.DecodeError as error:
         raise PlanFormatError(f"{deployment.model_path}: not an ONNX model: protobuf cannot parse it") from error
+    check_shifts(deployment, model)
     layers = _layer_by_gain(deployment, model)
     digital: list[tuple[str, str]] = []
     calls: list[list[tuple[str, str]]] = [[] for _ in deployment.plan.layers]

@@ -176,6 +176,12 @@ class Coding:
         unit = 1.0 if self.integer else (self.levels - 1) / self.steps
         return tuple(unit * self.levels**k for k in range(self.slices))
 
+    @cached_property
+    def signs(self) -> npt.NDArray[np.float64]:
+        """What a unit of each cell adds to a difference: its significance, negative for minus, [slices, cells]."""
+        signs: npt.NDArray[np.float64] = np.outer(self.significances, [1.0, -1.0][: self.cells])
+        return signs
+
     def gain(self, full_scale: Array) -> Floats:
         """Return the gain, float32 [outputs]: weight units a unit of difference, zero scales read as one.
 

@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rerampile.chip_options import data_options, family, fault_options, metric_options, numbers, seed_option
+from rerampile.chip_options import (
+    AskedFaults,
+    data_options,
+    family,
+    fault_options,
+    metric_options,
+    numbers,
+    seed_option,
+)
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, own_folder, print_json, scale_option, target_options
 from rerampile.interruption import cleaned_up
 from rerampile.prune_command import open_calibration, pruning_options
 
 if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
     from rerampile.runtime.progressive import SearchStep
 
 __all__ = ["search"]
@@ -98,7 +105,7 @@ def search(
     settings: dict[str, Any],
     mapping: str | None,
     scale: Literal["channel", "tensor"],
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     data: dict[str, Any],
     metric: dict[str, Any],
     selection: str | None,
@@ -132,14 +139,16 @@ def search(
     from rerampile.searcher import DEPLOYMENT, UNFINISHED, SearchRequest, remove_unfinished, search_model
     from rerampile.target import Target
 
-    if len(faults) != 1:
+    resolved = Target.load(target, settings)
+    models = faults(resolved)
+    if len(models) != 1:
         raise click.UsageError("--failure-rate: expected the one rate to search for")
-    reported = Experiment(folder=Path(), faults=faults, seed=seed, **data, **metric)
+    reported = Experiment(folder=Path(), faults=models, seed=seed, **data, **metric)
     selected = selection or training_split(reported.data)
     learned = {**data, "data": calibration or data["data"], "images": calibration_images}
     request = SearchRequest(
         model=model,
-        target=Target.load(target, settings),
+        target=resolved,
         mapping=mapping,
         scale=scale,
         pruning=PruneRequest(**pruning),

@@ -19,7 +19,7 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, ProtectionPlan, Verification
-from rerampile.show_mapping import clip_words
+from rerampile.show_mapping import clip_words, copies_words
 from rerampile.show_program import show_chip
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
@@ -203,7 +203,7 @@ def _arrays_by_layer(plan: Plan) -> list[list[int]]:
 
 def _homes(plan: Plan, array: ArrayPlan) -> Iterator[Partition]:
     """Yield the partition that each copy on an array is of."""
-    for copy in array.copies:
+    for copy in array.slice_copies:
         yield plan.arrays[copy.array].partitions[copy.partition]
 
 
@@ -261,6 +261,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
     yield "layers", f"{totals.layers:,}, with {_number(totals.weights, 'weight')}, {totals.sparsity:.1%} zero"
     if (clipped := clip_words(plan)) is not None:
         yield "clipped", clipped
+    if (copied := copies_words(plan)) is not None:
+        yield "copies", copied
     yield "nodes", f"{folds:,} folded into layers, {totals.digital_operations:,} digital"
     yield "arrays", f"{totals.arrays:,}{there}, {totals.utilisation:.1%} of their cells used"
     if totals.weights_without_cells or totals.arrays_saved_by_packing or any(layer.mask for layer in plan.layers):
@@ -302,9 +304,10 @@ def show_verification(out: Console, deployment: Deployment, found: Verification)
     """Print what ``verify`` checked and found."""
     plan = deployment.plan
     made = "compiled" if plan.chip is None else "programmed"
+    of_copies = " of each copy" if any(layer.copy_count > 1 for layer in plan.layers) else ""
     rows = [
         ("checksums", f"the plan and {_number(len(plan.files), 'file')} as {made}"),
-        ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place, none shared"),
+        ("placement", f"each of {_number(plan.totals.weights, 'weight')} in one place{of_copies}, none shared"),
         ("cells", f"{_number(len(plan.layers), 'layer')} decoded to the weights that were {made}"),
         ("outputs", f"{_outputs(found)}, ONNX Runtime {found.onnxruntime}"),
         ("verified", printable(str(deployment.folder))),
@@ -328,7 +331,7 @@ def _arrays(plan: Plan) -> Table:
 
 def _copied(plan: Plan, array: ArrayPlan) -> Iterator[Partition]:
     """Yield what each copy on an array is of, as a partition at the copy's place."""
-    for copy, home in zip(array.copies, _homes(plan, array), strict=True):
+    for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
         spans = {name: getattr(copy, name) for name in ("inputs", "outputs", "input_index", "output_index")}
         yield msgspec.structs.replace(home, row=copy.row, column=copy.column, **spans)
 
@@ -346,14 +349,15 @@ def _held(plan: Plan, partition: Partition) -> str:
     if known:
         layer = plan.layers[partition.layer]
         name = printable(layer.name) + _groups(partition, layer.groups)
-    matrix = f"inputs {_ranges(partition.input_indices)}, outputs {_ranges(sorted(partition.output_indices))}"
+    matrix = f"inputs {_ranges(sorted(partition.input_indices))}, outputs {_ranges(sorted(partition.output_indices))}"
     return f"{name}, {matrix}, at row {partition.row}, column {partition.column}"
 
 
 def _groups(partition: Partition, groups: int) -> str:
-    """Return the groups of a layer that a partition holds, as words behind the layer's name."""
+    """Return the groups of a layer that a partition holds, and of which copy, as words behind the layer's name."""
     first, end = partition.groups
-    return "" if groups == 1 else f", group{'s' if end - first > 1 else ''} {_ranges(range(first, end))}"
+    copy = f", copy {partition.copy}" if partition.copy else ""
+    return copy if groups == 1 else f", group{'s' if end - first > 1 else ''} {_ranges(range(first, end))}{copy}"
 
 
 def array_data(deployment: Deployment, array_id: int) -> dict[str, Any]:
@@ -376,16 +380,16 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
     for partition in array.partitions:
         blocks = list(partition_blocks(partition, width))
         for _, rows, columns in blocks:
-            used[rows, columns] = True
+            used[np.ix_(rows, columns)] = True
         layer = plan.layers[partition.layer]
         table.add_row(
             printable(layer.name) + _groups(partition, layer.groups),
-            f"{blocks[0][1].start}-{blocks[-1][1].stop - 1}",
-            f"{blocks[0][2].start}-{blocks[-1][2].stop - 1}",
-            _ranges(partition.input_indices),
+            f"{blocks[0][1][0]}-{blocks[-1][1][-1]}",
+            f"{blocks[0][2][0]}-{blocks[-1][2][-1]}",
+            _ranges(sorted(partition.input_indices)),
             _ranges(sorted(partition.output_indices)),
         )
-    for copy, home in zip(array.copies, _homes(plan, array), strict=True):
+    for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
         rows, columns = copy_span(copy, array, deployment.copied_slices)
         used[rows, columns] = True
         table.add_row(

@@ -1,4 +1,4 @@
-"""What ``show`` tells of the choice of schemes and of full scales."""
+"""What ``show`` tells of the choice of schemes, of full scales and of copies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from rerampile.plan import ClipPlan, LayerPlan, Plan
+from rerampile.plan import ClipPlan, CopiesPlan, LayerPlan, Plan
 from rerampile.schemes import SCHEMES
 from rerampile.terminal import new_table, print_parts, printable
+from rerampile.totals import arrays_spent
 
-__all__ = ["clip_words", "show_calibrated", "show_choices"]
+__all__ = ["clip_words", "copies_words", "show_calibrated", "show_choices", "show_copies"]
 
 
 def show_choices(out: Console, plan: Plan) -> None:
@@ -45,6 +46,34 @@ def clip_words(plan: Plan) -> str | None:
     words = f"{count:,} weights{alike}; {words}"
     left = sum(clip.reason is not None for _, clip in clips)
     return f"{words}; {left:,} layers left as they are" if left else words
+
+
+def copies_words(plan: Plan) -> str | None:
+    """Return in one line what spare arrays were spent on, None where they were not to be spent."""
+    copies = [layer.copies for layer in plan.layers if isinstance(layer.copies, CopiesPlan)]
+    if not copies:
+        return None
+    counts = [each.count for each in copies if each.count > 1]
+    if not counts:
+        return "no array was left that a further copy of a layer fits on"
+    after, before = (sum(c.error for c in copies) / len(copies), sum(c.error_single for c in copies) / len(copies))
+    return (
+        f"{arrays_spent(plan.arrays):,} arrays for {len(counts):,} of {len(copies):,} layers, held up to {max(counts)} "
+        f"times; expected squared error of a layer {after:.2%}, without {before:.2%}"
+    )
+
+
+def show_copies(out: Console, plan: Plan) -> None:
+    """Print how often each layer is held and what that saves; nothing where spare arrays were not to be spent."""
+    copies = [(layer, layer.copies) for layer in plan.layers if isinstance(layer.copies, CopiesPlan)]
+    if not copies:
+        return
+    table = new_table(("layer", "left"), ("copies", "right"), ("error", "right"), ("of one copy", "right"))
+    for layer, each in copies:
+        table.add_row(printable(layer.name), str(each.count), f"{each.error:.3%}", f"{each.error_single:.3%}")
+    words = "Copies whose mean is read, and what is expected to differ from chip to chip in the outputs, squared."
+    out.print()
+    print_parts(out, table, Text(words))
 
 
 def show_calibrated(out: Console, plan: Plan) -> None:

@@ -9,20 +9,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rerampile.failed_cells import counts_text
 from rerampile.plan import ChipPlan, LayerPlan
 from rerampile.terminal import facts_table, new_table, print_parts, printable
 
-__all__ = ["show_chip"]
+__all__ = ["show_bins", "show_chip"]
 
 _LISTED = 10
 
 _WORDS = {
     "none": "as compiled",
     "compensate": "pairs compensated",
-    "assign": "outputs in other columns",
+    "assign": "better rows and columns",
     "flip": "column segments flipped",
     "repair": "healthy weights moved",
     "gain": "gains adjusted",
+    "bias": "biases shifted",
 }
 
 
@@ -42,18 +44,22 @@ def show_chip(
         folder: Where its deployment is, or None where that is known.
         requirements: Text, what was found, and whether it holds.
     """
-    steps = new_table(("step", "left"), ("error", "right"), ("cells touched", "right"), ("segments flipped", "right"))
+    heads: tuple[str, ...] = ("error", "cells touched", "lines moved", "segments flipped")
+    steps = new_table(("step", "left"), *((head, "right") for head in heads))
     for step in chip.steps:
-        steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", f"{step.touched:,}", f"{step.flipped:,}")
-    heads = ("output", "input", "weight", "read")
+        counts = (f"{count:,}" for count in (step.touched, step.moved, step.flipped))
+        steps.add_row(_WORDS[step.step], f"{100 * step.error:.3g} %", *counts)
+    heads = ("output", "input", "weight", "read", "array", "row", "column")
     worst = new_table(("stays wrong", "left"), *((head, "right") for head in heads))
     for weight in chip.unrepaired[:_LISTED]:
         name = printable(layers[weight.layer].name) if weight.layer < len(layers) else f"layer {weight.layer}"
-        worst.add_row(name, str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}")
+        place = (str(number) for number in (weight.array, weight.row, weight.column))
+        matrix = str(weight.output), str(weight.input), f"{weight.wanted:.4g}", f"{weight.found:.4g}"
+        worst.add_row(name, *matrix, *place)
     number = max(range(len(chip.layers)), key=lambda n: chip.layers[n].errors[-1])
     hit = sum(layer.weights for layer in chip.layers)
     layer, share = printable(layers[number].name), math.sqrt(chip.layers[number].errors[-1])
-    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on"
+    stuck = f"{chip.stuck_off:,} cells stuck off, {chip.stuck_on:,} on{counts_text(chip.categories or {})}"
     after, before = _percent(chip.output_error), _percent(chip.output_error_before)
     facts = [
         ("chip", f"{printable(chip.source)}, number {chip.number}: {stuck}"),
@@ -61,12 +67,31 @@ def show_chip(
         ("worst layer", f"{layer}, off by {100 * share:.3g} %"),
         ("outputs", f"off by {after} on the verification's inputs, {before} before"),
     ]
+    if shifted := [layer.shift for layer in chip.layers if layer.bias is not None]:
+        count = sum(1 for shift in shifted for value in shift if value)
+        facts.append(("biases", f"{count:,} outputs of {len(shifted):,} layers shifted"))
     if chip.calibration is not None:
         facts.append(("calibration", f"{printable(chip.calibration)}, {chip.calibration_images:,} images"))
     facts += [("met" if met else "NOT met", f"{printable(text)}: {found:.4g}") for text, found, met in requirements]
     if folder is not None:
         facts.append(("folder", printable(shlex.quote(str(folder)))))
     print_parts(out, steps, worst if chip.unrepaired else None, facts_table(facts))
+
+
+def show_bins(out: Console, chips: Sequence[tuple[str, ChipPlan, bool | None]]) -> None:
+    """Print several chips in a table, the best first.
+
+    Args:
+        out: Where to.
+        chips: Name, chip, and whether it meets what was required; None where nothing was.
+    """
+    heads = ("error", "stay wrong", "outputs", "verdict")
+    table = new_table(("chip", "left"), *((head, "right") for head in heads))
+    for name, chip, met in sorted(chips, key=lambda item: item[1].steps[-1].error):
+        verdict = "" if met is None else "met" if met else "NOT met"
+        row = f"{100 * chip.steps[-1].error:.3g} %", f"{chip.unrepaired_total:,}", _percent(chip.output_error)
+        table.add_row(printable(name), *row, verdict)
+    print_parts(out, table)
 
 
 def _percent(share: float | None) -> str:

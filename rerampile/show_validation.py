@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from rerampile.runtime.comparison import ComparisonReport, Known
 from rerampile.runtime.report import int8_text, known_text
-from rerampile.runtime.validation import ValidationReport
+from rerampile.runtime.validation import FaultCounts, ValidationReport
 from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_comparison", "show_validation"]
@@ -18,7 +19,7 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
     """Print a validation: a table of failure rates for each metric, what was required, where the report is."""
     for name, clean in report.clean.items():
         rows = new_table(
-            (f"{name}, {clean:.2f} % clean", "left"),
+            (f"{name}, {clean:.2f} % clean" if report.drop_known else name, "left"),
             *((head, "right") for head in ("mean", "± 95 %", "drop", "± 95 %", "deviation", "worst", "chips")),
         )
         for rate in report.rates:
@@ -27,7 +28,7 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
                 "measured chips" if rate.rate is None else f"{rate.rate:.6g}",
                 f"{found.mean:.2f}",
                 _half_width(found.interval),
-                f"{found.drop:.2f}",
+                f"{found.drop:.2f}" if report.drop_known else "unknown",
                 _half_width(found.drop_interval),
                 "" if found.deviation is None else f"{found.deviation:.2f}",
                 f"{found.worst:.2f}",
@@ -43,7 +44,9 @@ def show_validation(out: Console, report: ValidationReport, page: Path) -> None:
             else []
         ),
         ("stuck", stuck_text(report)),
+        *([] if (failed := failed_text(report)) is None else [("failed cells", failed)]),
         *([("not finite", f"{lost:,} images with an output that is no number")] if lost else []),
+        *([] if isinstance(report.clean_of, msgspec.UnsetType) else [("clean", report.clean_of.text)]),
         ("ran", f"{report.precision}, {report.execution}"),
         *([] if report.int8 is None else [("int8", int8_text(report))]),
         *(("required", f"{r.text}: {r.found:.2f}, {'met' if r.met else 'not met'}") for r in report.requirements),
@@ -66,9 +69,20 @@ def _unusual(report: ValidationReport) -> bool:
 
 def stuck_text(report: ValidationReport) -> str:
     """Return asked and found fractions of stuck cells at the highest rate."""
-    faults = max(report.rates, key=lambda rate: rate.rate or 0.0).faults
-    asked, found = faults.stuck_off + faults.stuck_on, faults.observed_off + faults.observed_on
-    return f"{found:.4g} of {faults.cells:,} cells found at the highest rate, {asked:.4g} asked"
+    faults = _most_faults(report)
+    return f"{faults.observed:.4g} of {faults.cells:,} cells found at the highest rate, {faults.asked:.4g} asked"
+
+
+def failed_text(report: ValidationReport) -> str | None:
+    """Return how the hardware treats failed cells, and how many there are of each kind, where the target says so."""
+    faults = _most_faults(report)
+    counts = [f"{name.replace('_', '-')} {count.observed:.4g}" for name, count in (faults.categories or {}).items()]
+    response = [faults.response.replace("_", " ")] if faults.response else []
+    return "; ".join([*response, *([", ".join(counts)] if counts else [])]) or None
+
+
+def _most_faults(report: ValidationReport) -> FaultCounts:
+    return max(report.rates, key=lambda rate: rate.rate or 0.0).faults
 
 
 def _half_width(interval: tuple[float, float] | None) -> str:

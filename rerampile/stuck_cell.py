@@ -3,11 +3,15 @@
 A cell of value ``g`` is stuck with probability ``p`` at a value of mean ``v`` and variance ``s``. Its error then has
 the mean ``p (v - g)`` and the variance ``p (1 - p) (v - g)^2 + p s``. Errors of cells add up to those of weights by
 sign, significance and gain.
+
+Where the hardware cuts off the whole pair, a pair of difference ``d`` reads 0 with probability ``q = 1 - (1 - p)^2``.
+Its error then has the mean ``-q d`` and the variance ``q (1 - q) d^2``, wherever its cells lie.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.schemes import Coding
-from rerampile.target import Cell, Stuck
+from rerampile.target import Category, Stuck, Target
 
 __all__ = ["StuckCell"]
 
@@ -31,27 +35,30 @@ class StuckCell:
         mean: Mean of its value when stuck, in the unit of the layer.
         variance: Variance of that value.
         exclusive: Whether at most one cell of a weight is stuck; otherwise cells fail independently.
+        pairwise: Whether a stuck cell and the other one of its pair are both cut off.
     """
 
     probability: float
     mean: float
     variance: float
     exclusive: bool = False
+    pairwise: bool = False
 
     @classmethod
-    def of(cls, cell: Cell, coding: Coding, *, stuck_off: float, stuck_on: float, by_weight: bool = False) -> StuckCell:
+    def of(
+        cls, target: Target, coding: Coding, probabilities: Mapping[str, float], *, by_weight: bool = False
+    ) -> StuckCell:
         """Return how the cells of a layer fail.
 
         Args:
-            cell: The target's cell.
+            target: The hardware: what failed cells conduct, and what it reads then.
             coding: The layer's coding.
-            stuck_off: Probability that a cell is stuck off.
-            stuck_on: Probability that it is stuck on.
+            probabilities: That a cell is in a state, for some keys of :attr:`Target.failures`.
             by_weight: Whether they are those of a weight, one of whose cells is hit.
         """
-        rate = stuck_off + stuck_on
-        shares = np.array([stuck_off, stuck_on]) / (rate or 1.0)
-        ends = [_moments(cell.stuck_off), _moments(cell.stuck_on)]
+        rate = sum(probabilities.values())
+        shares = np.array([*probabilities.values()]) / (rate or 1.0)
+        ends = [_moments(failure, *target.failed_limits) for failure in map(target.failure, probabilities)]
         mean = float(shares @ [m for m, _ in ends])
         variance = float(shares @ [v + (m - mean) ** 2 for m, v in ends])
         zero, unit = 0.0, 1.0
@@ -62,14 +69,24 @@ class StuckCell:
             mean=(mean - zero) / unit,
             variance=variance / unit**2,
             exclusive=by_weight,
+            pairwise=target.failed_cells.isolates_pairs and coding.cells == 2,
         )
+
+    @property
+    def loss(self) -> float:
+        """How much smaller a weight is read on average, as a share of it."""
+        p = self.probability
+        if not self.pairwise:
+            return p
+        return 2 * p if self.exclusive else p * (2 - p)
 
     def common_modes(self, coding: Coding, current_weight: float = 0.0) -> tuple[float, ...]:
         """Return what the pairs of each slice lie around where error and read current together are least.
 
         With conductances of a cell from 0 to 1, slices of shares ``b`` (summing to one) of a weight from -1 to 1, and
         the sum ``2 c`` of a pair, averaged over K slices, costing ``current_weight * 2 c``, that is
-        ``v - current_weight / (2 K b^2 p (1 - p))``.
+        ``v - current_weight / (2 K b^2 p (1 - p))``. Where pairs are cut off as a whole, their error is the same
+        wherever they lie, and the lowest draws least.
 
         Args:
             coding: A coding of pairs in the same cells.
@@ -77,13 +94,15 @@ class StuckCell:
         """
         reach = float((coding.levels or 0) - 1) if coding.integer else coding.g_on - coding.g_off
         total, p = coding.high - coding.low, self.probability
+        if self.pairwise:
+            return (0.0 if coding.integer else coding.g_off,) * coding.slices
         shares = [significance * reach / total for significance in coding.significances]
         return tuple(
             self.mean - reach * current_weight / (2 * coding.slices * share**2 * p * (1 - p)) for share in shares
         )
 
     def shift(self, coding: Coding) -> float:
-        """Return the mean error of a weight beside ``-p w``, in units of its gain; 0 for pairs."""
+        """Return the mean error of a weight beside its :attr:`loss`, in units of its gain; 0 for pairs."""
         if coding.cells == 2:
             return 0.0
         return self.probability * (self.mean * sum(coding.significances) - coding.reference)
@@ -102,6 +121,8 @@ class StuckCell:
         """
         p = self.probability
         values = cells if coding.cell_values is None else coding.cell_values[cells]
+        if self.pairwise:
+            return self._variance_of_pairs(coding, values, gain, counted)
         total: Any = 0.0
         mean: Any = 0.0
         for k, (significance, pair) in enumerate(zip(coding.significances, values, strict=True)):
@@ -116,13 +137,42 @@ class StuckCell:
         variance: Floats = np.asarray(total - np.square(mean), np.float32)
         return variance
 
+    def _variance_of_pairs(
+        self, coding: Coding, values: npt.NDArray[Any], gain: Floats, counted: Floats | None
+    ) -> Floats:
+        """Return the variance of weights whose pairs are cut off as a whole."""
+        q = self.loss
+        total: Any = 0.0
+        weight: Any = 0.0
+        for k, (significance, (plus, minus)) in enumerate(zip(coding.significances, values, strict=True)):
+            difference = gain * np.float32(significance) * np.subtract(plus, minus, dtype=np.float32)
+            weight = weight + difference
+            total = total + (np.float32(1) if counted is None else counted[k]) * np.square(difference)
+        if self.exclusive:
+            return np.asarray(np.float32(q) * total - np.square(np.float32(q) * weight), np.float32)
+        return np.asarray(np.float32(q * (1 - q)) * total, np.float32)
 
-def _moments(stuck: Stuck) -> tuple[float, float]:
-    """Return mean and variance of a stuck conductance: normal, and 0 where that is negative."""
-    if not stuck.spread:
-        return stuck.mean, 0.0
-    z = stuck.mean / stuck.spread
-    below, density = 0.5 * math.erfc(z / math.sqrt(2)), math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    mean = stuck.mean * (1 - below) + stuck.spread * density
-    square = (stuck.mean**2 + stuck.spread**2) * (1 - below) + stuck.mean * stuck.spread * density
-    return mean, square - mean**2
+
+def _moments(failure: Stuck | Category, low: float, high: float) -> tuple[float, float]:
+    """Return mean and variance of what a failed cell is read as: normal, and a limit where that is beyond it.
+
+    Args:
+        failure: What it conducts.
+        low: The least that it is read as, 0 or more.
+        high: The most; may be infinite.
+    """
+    if not failure.spread or low == high:
+        return min(max(failure.mean, low), high), 0.0
+    below, low_density = _tail((failure.mean - low) / failure.spread)
+    above, high_density = _tail((high - failure.mean) / failure.spread)
+    inside, top = 1 - below - above, high if above else 0.0
+    mean = failure.mean * inside + failure.spread * (low_density - high_density) + low * below + top * above
+    square = (failure.mean**2 + failure.spread**2) * inside + low**2 * below + top**2 * above
+    square += (failure.mean + low) * failure.spread * low_density
+    square -= (failure.mean + top) * failure.spread * high_density
+    return mean, max(square - mean**2, 0.0)
+
+
+def _tail(z: float) -> tuple[float, float]:
+    """Return the probability that a normal number is more than ``z`` deviations below its mean, and its density."""
+    return 0.5 * math.erfc(z / math.sqrt(2)), math.exp(-z * z / 2) / math.sqrt(2 * math.pi)

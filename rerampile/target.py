@@ -14,21 +14,37 @@ import itertools
 import json
 import math
 import os
-import reprlib
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rerampile.errors import CapacityError, ConfigError, did_you_mean
+from rerampile.failed_cells import Category, FailedCells, Stuck
+from rerampile.field_checks import (
+    WORDS_FOR_NONE,
+    Check,
+    build,
+    check_fields,
+    choice,
+    expected,
+    integer,
+    keys,
+    line,
+    or_none,
+    record,
+    siemens,
+)
 from rerampile.schemes import MAPPINGS, TABLE_LIMIT
 
 __all__ = [
+    "LEFT_OUT",
     "PAIR_LAYOUTS",
-    "WORDS_FOR_NONE",
     "Address",
+    "Category",
     "Cell",
+    "FailedCells",
     "Stuck",
     "Target",
     "preset_names",
@@ -39,122 +55,21 @@ __all__ = [
 PAIR_LAYOUTS = ("adjacent", "twin")
 
 _COUNTS = ("arrays_per_core", "cores_per_tile", "tiles_per_chip", "chips")  # inner to outer
-WORDS_FOR_NONE = {"levels": "analog", "level_table": "uniform", "dac_bits": "ideal", "adc_bits": "ideal"}
-WORDS_FOR_NONE |= dict.fromkeys(_COUNTS, "unlimited")
+LEFT_OUT = ("failed_cells",)
+"""Keys that a written target leaves out where they say nothing; it has all others."""
 
 _FILE_LIMIT = 1_000_000  # bytes: room for a table of 2**15 levels, and nothing that takes long to parse
 _CODE_LIMIT = 2**24  # whole numbers up to here are exact in float32
 _PRESETS = Path(__file__).parent / "targets"
 
-T = TypeVar("T")
-Check = Callable[[str, Any], Any]
-
-
-# Checks: each takes a key and the value found there, and returns the value as the field holds it.
-
-
-def _expected(key: str, what: str, found: object) -> ConfigError:
-    return ConfigError(f"{key}: expected {what}, got {reprlib.repr(found)}")
-
-
-def _integer(low: int, high: int) -> Check:
-    def check(key: str, value: Any) -> int | None:
-        word = WORDS_FOR_NONE.get(key)
-        if word is not None and (value is None or value == word):
-            return None
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-            return value
-        alternative = f' or "{word}"' if word else ""
-        raise _expected(key, f"an integer from {low} to {high}{alternative}", value)
-
-    return check
-
-
-def _siemens(key: str, value: Any) -> float:
-    # No cell conducts 10 S; whoever writes 100 means 100 µS.
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10:
-        return float(value)
-    raise _expected(key, "a conductance in siemens from 0 to 10 (100 µS is 100e-6)", value)
-
-
-def _level_table(key: str, value: Any) -> tuple[float, ...] | None:
-    if value is None or value == WORDS_FOR_NONE[key]:
-        return None
-    if not isinstance(value, list | tuple):
-        raise _expected(key, f'a list of conductances in siemens or "{WORDS_FOR_NONE[key]}"', value)
-    return tuple(_siemens(f"{key}[{level}]", conductance) for level, conductance in enumerate(value))
-
-
-def _choice(words: tuple[str, ...]) -> Check:
-    def check(key: str, value: Any) -> str:
-        if isinstance(value, str) and value in words:
-            return value
-        raise _expected(key, f"one of {', '.join(words)}", value)
-
-    return check
-
-
-def _text(shortest: int, longest: int) -> Check:
-    def check(key: str, value: Any) -> str:
-        if isinstance(value, str) and value.isprintable() and shortest <= len(value) <= longest:
-            return value
-        raise _expected(key, f"one line of {shortest} to {longest} printable characters", value)
-
-    return check
-
-
-def _stuck(key: str, value: Any) -> Stuck:
-    return value if isinstance(value, Stuck) else _build(Stuck, _table(key, value), f"{key}.")
-
-
-def _cell(key: str, value: Any) -> Cell:
-    return value if isinstance(value, Cell) else _build(Cell, _table(key, value), f"{key}.")
-
-
-def _table(key: str, value: Any) -> Mapping[str, Any]:
-    if isinstance(value, Mapping):
-        return value
-    raise _expected(key, "a table of keys", value)
-
-
-def _check_fields(instance: object, checks: Mapping[str, Check]) -> None:
-    for key, check in checks.items():
-        object.__setattr__(instance, key, check(key, getattr(instance, key)))
-
-
-def _build(cls: type[T], table: Mapping[str, Any], part: str) -> T:
-    """Make a dataclass from a table of its fields, with ``part`` in front of every error."""
-    known = {field.name: field.default is MISSING for field in fields(cls)}  # type: ignore[arg-type]
-    try:
-        for key in table:
-            if key not in known:
-                raise ConfigError(f"{key}: unknown key{did_you_mean(str(key), known)}")
-        for key, required in known.items():
-            if required and key not in table:
-                needed = ", ".join(name for name, needed in known.items() if needed)
-                raise ConfigError(f"{key}: missing key (required: {needed})")
-        return cls(**table)
-    except ConfigError as error:
-        raise ConfigError(f"{part}{error}") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stuck:
-    """What a stuck cell conducts. May lie outside the range that healthy cells are programmed in.
-
-    Attributes:
-        mean: Mean conductance, siemens.
-        spread: Standard deviation of the conductance, siemens.
-    """
-
-    mean: float
-    spread: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_fields(self, {"mean": _siemens, "spread": _siemens})
-
-
 _AT_RANGE_END = Stuck(mean=0.0)  # stands for "not given"; compared by identity
+_JUST_STUCK = FailedCells()  # off or on, and read as what they conduct
+
+
+def _level_table(key: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        raise expected(key, f'a list of conductances in siemens or "{WORDS_FOR_NONE[key]}"', value)
+    return tuple(siemens(f"{key}[{level}]", conductance) for level, conductance in enumerate(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,17 +94,19 @@ class Cell:
     stuck_on: Stuck = _AT_RANGE_END
 
     def __post_init__(self) -> None:
-        _check_fields(self, {"g_off": _siemens, "g_on": _siemens, "levels": _integer(2, 65536)})
+        check_fields(self, {"g_off": siemens, "g_on": siemens, "levels": or_none(integer(2, 65536))})
         # Conductances are stored as float32: a narrower range would leave too few digits for the weights.
         if self.g_on - self.g_off < max(1e-3 * self.g_on, 1e-15):
-            raise _expected("g_on", f"at least 0.1 % (and 1 fS) above g_off = {self.g_off!r}", self.g_on)
+            raise expected("g_on", f"at least 0.1 % (and 1 fS) above g_off = {self.g_off!r}", self.g_on)
         for key, end in (("stuck_off", self.g_off), ("stuck_on", self.g_on)):
             stuck = getattr(self, key)
             if stuck is _AT_RANGE_END:
                 object.__setattr__(self, key, Stuck(mean=end))
             elif isinstance(stuck, Mapping):
                 object.__setattr__(self, key, {"mean": end, **stuck})
-        _check_fields(self, {"level_table": _level_table, "stuck_off": _stuck, "stuck_on": _stuck})
+        check_fields(
+            self, {"level_table": or_none(_level_table), "stuck_off": record(Stuck), "stuck_on": record(Stuck)}
+        )
         self._check_level_table()
 
     def _check_level_table(self) -> None:
@@ -197,13 +114,13 @@ class Cell:
         if table is None:
             return
         if self.levels != len(table):
-            raise _expected("level_table", f"as many values as levels = {self.levels or 'analog'}", len(table))
+            raise expected("level_table", f"as many values as levels = {self.levels or 'analog'}", len(table))
         for level, (low, high) in enumerate(itertools.pairwise(table)):
             if low >= high:
-                raise _expected(f"level_table[{level + 1}]", f"ascending values, above {low!r}", high)
+                raise expected(f"level_table[{level + 1}]", f"ascending values, above {low!r}", high)
         for level, key, end in ((0, "g_off", self.g_off), (len(table) - 1, "g_on", self.g_on)):
             if table[level] != end:
-                raise _expected(f"level_table[{level}]", f"{key} = {end!r}", table[level])
+                raise expected(f"level_table[{level}]", f"{key} = {end!r}", table[level])
 
 
 class Address(NamedTuple):
@@ -238,6 +155,7 @@ class Target:
         dac_bits: Resolution of the row drivers, None where ideal.
         adc_bits: Resolution of the column converters, None where ideal.
         cell: What one cell can hold.
+        failed_cells: How cells fail, and what the hardware makes of those that did.
     """
 
     name: str
@@ -254,38 +172,71 @@ class Target:
     dac_bits: int | None = None
     adc_bits: int | None = None
     cell: Cell
+    failed_cells: FailedCells = _JUST_STUCK
 
     def __post_init__(self) -> None:
-        _check_fields(self, _TARGET_CHECKS)
+        check_fields(self, _TARGET_CHECKS)
         self._check_slices()
         self._check_counts()
+        low, high = self.failed_limits
+        if low > high:
+            raise expected("failed_cells.high", f"at least low = {low!r}", high)
 
     def _check_slices(self) -> None:
         levels = self.cell.levels
         if levels is None:
             if self.slices > 1:
-                raise _expected("slices", "1 with analog cells (set cell.levels for more)", self.slices)
+                raise expected("slices", "1 with analog cells (set cell.levels for more)", self.slices)
             return
         measured = self.cell.level_table is not None
         limit, kind = (TABLE_LIMIT, "measured levels") if measured else (_CODE_LIMIT, "levels")
         if levels**self.slices > limit:
             most = max(n for n in range(25) if levels**n <= limit)
-            raise _expected("slices", f"at most {most} with {levels} {kind} (levels ** slices <= {limit})", self.slices)
+            raise expected("slices", f"at most {most} with {levels} {kind} (levels ** slices <= {limit})", self.slices)
 
     def _check_counts(self) -> None:
         inner = None
         for key in _COUNTS:
             count = getattr(self, key)
             if inner is not None and count != 1:
-                raise _expected(key, f'1, never exceeded because {inner} = "unlimited"', count or "unlimited")
+                raise expected(key, f'1, never exceeded because {inner} = "unlimited"', count or "unlimited")
             if count is None:
                 inner = key
+
+    @property
+    def unlimited(self) -> str | None:
+        """The key of the count that has no limit, or None where all have one."""
+        return next((key for key in _COUNTS if getattr(self, key) is None), None)
 
     @property
     def arrays(self) -> int | None:
         """Number of arrays there are, or None where unlimited."""
         counts = [getattr(self, key) for key in _COUNTS]
         return None if None in counts else math.prod(counts)
+
+    @property
+    def failures(self) -> dict[str, Stuck | Category]:
+        """What a cell conducts by the state it failed in: stuck off or on, and the categories that there are."""
+        return {"stuck_off": self.cell.stuck_off, "stuck_on": self.cell.stuck_on, **self.failed_cells.categories}
+
+    def failure(self, state: str) -> Stuck | Category:
+        """Return what a cell conducts that failed in a way.
+
+        Raises:
+            ConfigError: Cells of this target do not fail in that way.
+        """
+        failures = self.failures
+        if state not in failures:
+            raise ConfigError(
+                f"target {self.name}: no cells that are {state.replace('_', '-')}, expected {', '.join(failures)}; "
+                f"describe them in failed_cells.{state}"
+            )
+        return failures[state]
+
+    @property
+    def failed_limits(self) -> tuple[float, float]:
+        """The least and the most that a failed cell is read as, siemens."""
+        return self.failed_cells.limits(self.cell.g_off, self.cell.g_on)
 
     @property
     def analog(self) -> bool:
@@ -323,7 +274,10 @@ class Target:
         return index
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field as plain numbers, words, lists and dicts, in a fixed order, for JSON or TOML."""
+        """Return the fields as plain numbers, words, lists and dicts, in a fixed order, for JSON or TOML.
+
+        Every field is written out, but for ``failed_cells`` where they say nothing.
+        """
         return _plain(self)
 
     @classmethod
@@ -334,7 +288,7 @@ class Target:
             data: The table.
             where: What errors name as the place of the table, such as a file name.
         """
-        return _build(cls, _table(where, data), f"{where}: ")
+        return build(cls, keys(where, data), f"{where}: ")
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Target:
@@ -352,17 +306,18 @@ class Target:
 
 
 _TARGET_CHECKS: dict[str, Check] = {
-    "name": _text(1, 100),
-    "source": _text(0, 1000),
-    "rows": _integer(1, 65536),
-    "columns": _integer(1, 65536),
-    "mapping": _choice(MAPPINGS),
-    "slices": _integer(1, 24),
-    "pair_layout": _choice(PAIR_LAYOUTS),
-    **dict.fromkeys(_COUNTS, _integer(1, 2**20)),
-    "dac_bits": _integer(1, 32),
-    "adc_bits": _integer(1, 32),
-    "cell": _cell,
+    "name": line(1, 100),
+    "source": line(0, 1000),
+    "rows": integer(1, 65536),
+    "columns": integer(1, 65536),
+    "mapping": choice(MAPPINGS),
+    "slices": integer(1, 24),
+    "pair_layout": choice(PAIR_LAYOUTS),
+    **dict.fromkeys(_COUNTS, or_none(integer(1, 2**20))),
+    "dac_bits": or_none(integer(1, 32)),
+    "adc_bits": or_none(integer(1, 32)),
+    "cell": record(Cell),
+    "failed_cells": record(FailedCells),
 }
 
 
@@ -380,7 +335,7 @@ def preset_text(name: str) -> str:
 
 
 def to_toml(target: Target) -> str:
-    """Return a target as TOML text, every field written out; reading it gives the same target."""
+    """Return a target as TOML text, written out as by :meth:`Target.to_dict`; reading it gives the same target."""
     return "\n".join(_toml_lines(target.to_dict(), "")) + "\n"
 
 
@@ -388,6 +343,8 @@ def _plain(instance: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for field in fields(instance):
         value = getattr(instance, field.name)
+        if field.name in LEFT_OUT and value == field.default:
+            continue
         if value is None:
             value = WORDS_FOR_NONE[field.name]
         elif is_dataclass(value):

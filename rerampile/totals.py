@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from rerampile.plan import ArrayPlan, LayerPlan, Region, Totals
 from rerampile.target import Target
 
-__all__ = ["totals_of", "weights_without_cells"]
+__all__ = ["arrays_spent", "totals_of", "weights_without_cells"]
 
 
 def totals_of(
@@ -34,9 +36,11 @@ def totals_of(
     left_out = weights_without_cells(len(layers), skipped)
     counts = [layer.groups * layer.outputs * layer.inputs for layer in layers]
     held = [count - without for count, without in zip(counts, left_out, strict=True)]
-    pairs = sum(p.cells * count * p.mean_cell_conductance for p, count in zip(layers, held, strict=True))
+    on_arrays = [layer.copy_count * count for layer, count in zip(layers, held, strict=True)]
+    pairs = sum(p.cells * count * p.mean_cell_conductance for p, count in zip(layers, on_arrays, strict=True))
     weights, zeros = sum(counts), sum(layer.zeros for layer in layers)
     cells = len(arrays) * target.rows * target.columns
+    spent = arrays_spent(arrays)
     used = sum(_weights_of(array) * len(array.roles) * len(array.slices) for array in arrays)
     return Totals(
         layers=len(layers),
@@ -51,11 +55,17 @@ def totals_of(
         arrays_without_pruning=arrays_without_pruning,
         arrays_before_packing=arrays_before_packing,
         arrays_saved_by_pruning=arrays_without_pruning - arrays_before_packing,
-        arrays_saved_by_packing=arrays_before_packing - sum(bool(array.partitions) for array in arrays),
+        arrays_saved_by_packing=arrays_before_packing - (len(arrays) - spent),
         weights_without_cells=sum(left_out),
-        mean_pair_conductance=pairs / sum(held) if any(held) else 0.0,
+        mean_pair_conductance=pairs / sum(on_arrays) if any(held) else 0.0,
         digital_operations=digital,
+        arrays_spent=spent if any(layer.copies for layer in layers) else msgspec.UNSET,
     )
+
+
+def arrays_spent(arrays: Sequence[ArrayPlan]) -> int:
+    """Return how many arrays hold nothing but further copies of layers."""
+    return sum(all(partition.copy for partition in array.partitions) for array in arrays)
 
 
 def weights_without_cells(layers: int, skipped: Sequence[Region]) -> list[int]:

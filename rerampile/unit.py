@@ -14,7 +14,17 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, ClipPlan, CorrectionPlan, MappingChoice, Plan, ProtectionPlan, Region, Vote
+from rerampile.plan import (
+    ArrayPlan,
+    ClipPlan,
+    CopiesPlan,
+    CorrectionPlan,
+    MappingChoice,
+    Plan,
+    ProtectionPlan,
+    Region,
+    Vote,
+)
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName
 from rerampile.target import Target
@@ -30,6 +40,7 @@ class CompileOptions:
         mapping: One of :data:`rerampile.schemes.MAPPINGS`.
         stuck_off: Probability that a cell is stuck off, where anything depends on it; else None.
         stuck_on: Probability that a cell is stuck on, the same.
+        categories: Probabilities of other ways in which cells fail, by name, where there are any.
         current_weight: What read current counts beside error, for the same mappings.
         scale: Whether the full scale of the cells is one for the tensor or one for each output.
         clip: Whether full scales are those of the least expected error.
@@ -41,6 +52,7 @@ class CompileOptions:
         pack: Whether small partitions of different layers share arrays.
         protect_msb: How many of the most significant slices are to have copies.
         vote: How three readings of them become one.
+        spend_spare_arrays: Whether arrays that are left over get further copies of layers, to be averaged.
         seed: Seed of the generated inputs of the verification.
         inputs: An .npz file of inputs for the verification, or None to generate them.
         tolerance: Largest relative output error of the deployed model, or None for the default.
@@ -50,6 +62,7 @@ class CompileOptions:
     mapping: MappingName
     stuck_off: float | None = None
     stuck_on: float | None = None
+    categories: Mapping[str, float] = field(default_factory=dict)
     current_weight: float = 0.0
     scale: Literal["tensor", "channel"] = "channel"
     clip: bool = False
@@ -61,6 +74,7 @@ class CompileOptions:
     pack: bool = False
     protect_msb: int = 0
     vote: Vote = "median"
+    spend_spare_arrays: bool = False
     seed: int = 0
     inputs: Path | None = None
     tolerance: float | None = None
@@ -96,6 +110,8 @@ class MappedLayer:
         factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
         addend: float64 [groups * outputs], what corrects the bias, behind folds; None for nothing.
         correction: How they were corrected, where that was asked for.
+        noise: Expected energy of what differs from chip to chip in the layer's products, as a share of theirs, where
+            spare arrays are spent by it.
     """
 
     coding: Coding
@@ -108,6 +124,7 @@ class MappedLayer:
     factor: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     addend: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     correction: CorrectionPlan | None = None
+    noise: float | None = None
 
     @property
     def as_given(self) -> bool:
@@ -166,6 +183,7 @@ class Unit:
         mapped: By layer name, filled by *map*.
         arrays: Filled by *allocate*.
         regions: Parts of matrices that take no cells, filled by *allocate*.
+        copies: By layer name where spare arrays are spent, filled by *allocate*.
         arrays_without_pruning: Filled by *allocate*.
         arrays_before_packing: Filled by *allocate*.
         protection: What copies protect, where they were asked for; filled by *allocate*.
@@ -186,6 +204,7 @@ class Unit:
     mapped: Mapping[str, MappedLayer] = field(default_factory=dict)
     arrays: tuple[ArrayPlan, ...] = ()
     regions: tuple[Region, ...] = ()
+    copies: Mapping[str, CopiesPlan] = field(default_factory=dict)
     arrays_without_pruning: int = 0
     arrays_before_packing: int = 0
     protection: ProtectionPlan | None = None

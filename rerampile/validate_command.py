@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rerampile.chip_options import (
+    AskedFaults,
     data_options,
     effort_options,
     execution_options,
@@ -20,9 +21,6 @@ from rerampile.chip_options import (
 from rerampile.chips_progress import chips_progress
 from rerampile.command import PATH, examples, json_option, print_json, refuse_given, report_folder
 from rerampile.interruption import cleaned_up
-
-if TYPE_CHECKING:
-    from rerampile.runtime.faults import FaultModel
 
 __all__ = ["validate"]
 
@@ -62,7 +60,7 @@ def validate(
     data: dict[str, Any],
     metric: dict[str, Any],
     first_image: Path | None,
-    faults: tuple[FaultModel, ...],
+    faults: AskedFaults,
     fault_map: Path | None,
     seed: int,
     effort: dict[str, Any],
@@ -86,13 +84,14 @@ def validate(
     from rerampile.runtime.validation import Requirement
     from rerampile.runtime.validation import validate as run_validation
 
-    if load_deployment(folder).plan.chip is not None:
+    deployment = load_deployment(folder)
+    if deployment.plan.chip is not None:
         refuse_given(ctx, _OF_DRAWN_CHIPS, f"{folder} was programmed for one chip, none is drawn; leave it out")
     if fault_map is not None:
         refuse_given(ctx, _OF_DRAWN_CHIPS, "the chips of --fault-map are not drawn; leave one of the two out")
     experiment = Experiment(
         folder=folder,
-        faults=() if fault_map is not None else faults,
+        faults=() if fault_map is not None else faults(deployment.target),
         fault_map=fault_map,
         seed=seed,
         first_image=first_image,

@@ -71,6 +71,17 @@ class HitWeights:
         worth = np.where(which, self.worth[:, ::-1], self.worth)
         return HitWeights(index=self.index, segment=self.segment, stuck=stuck, worth=worth)
 
+    def fixed(self, coding: Coding) -> Doubles:
+        """Return what stuck cells add to the difference, float64 [weights]."""
+        found: Doubles = np.einsum("kc,kcn->n", coding.signs, np.where(self.stuck, self.worth, 0.0))
+        return found
+
+    def reach(self, coding: Coding) -> tuple[Doubles, Doubles]:
+        """Return the least and the largest difference that healthy cells can form with the stuck ones."""
+        fixed = self.fixed(coding) - (coding.reference if coding.cells == 1 else 0.0)
+        least, most = (np.einsum("kc,kcn->n", end, ~self.stuck) for end in _signed_ends(coding))
+        return fixed + least, fixed + most
+
     def difference(self, coding: Coding, cells: Array) -> Floats:
         """Return the differences that weights read when these cells are stuck, float32 [weights].
 
@@ -102,12 +113,10 @@ def compensated(coding: Coding, hit: HitWeights, cells: Array, wanted: Floats) -
     Returns:
         Cells as stored, [slices, cells, weights]; stuck ones at the nearest that a cell can hold.
     """
-    low, high = _ends(coding)
     values = (cells if coding.cell_values is None else coding.cell_values[cells]).astype(np.float64)
-    signed = np.array(coding.significances)[:, None] * np.array([1.0, -1.0])[: coding.cells]
+    signed, ends = coding.signs, _signed_ends(coding)
     rest = wanted.astype(np.float64) + (coding.reference if coding.cells == 1 else 0.0)
-    rest -= np.einsum("kc,kcn->n", signed, np.where(hit.stuck, hit.worth, 0.0))
-    ends = np.sort(np.stack([signed * low, signed * high]), axis=0)
+    rest -= hit.fixed(coding)
     least, most = (np.einsum("kc,kcn->n", end, ~hit.stuck) for end in ends)
     found = hit.as_stuck(coding, cells)
     for k in reversed(range(coding.slices)):
@@ -129,6 +138,13 @@ def _ends(coding: Coding) -> tuple[float, float]:
     if coding.cell_values is not None:
         return float(coding.cell_values[0]), float(coding.cell_values[-1])
     return coding.low, coding.high
+
+
+def _signed_ends(coding: Coding) -> Doubles:
+    """Return the least and the most that each cell can add to a difference, [2, slices, cells]."""
+    low, high = _ends(coding)
+    ends: Doubles = np.sort(np.stack([coding.signs * low, coding.signs * high]), axis=0)
+    return ends
 
 
 def _within(coding: Coding, present: Doubles, least: Doubles, most: Doubles) -> Array:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from rerampile.deployment import Deployment, copy_span
 from rerampile.errors import ConfigError
-from rerampile.plan import ArrayPlan, Copy
-from rerampile.runtime.fault_map import ChipGeometry, FaultMap
+from rerampile.plan import ArrayPlan, SliceCopy
+from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.stuck_cells import StuckCells
 
@@ -67,13 +67,13 @@ class CopyPlaces:
             segments: The column segment of each column of each array, [arrays, columns].
         """
         plan, slices = deployment.plan, deployment.copied_slices
-        all_ = [(array, copy) for array in plan.arrays for copy in array.copies]
+        all_ = [(array, copy) for array in plan.arrays for copy in array.slice_copies]
         spans = [copy_span(copy, array, slices) for array, copy in all_]
         inputs = [np.array(copy.input_indices, np.int64) for _, copy in all_]
         columns = [_columns(deployment, array, copy, segments) for array, copy in all_]
         homes = [plan.arrays[copy.array].partitions[copy.partition] for _, copy in all_]
         return cls(
-            first=np.cumsum([0, *(len(array.copies) for array in plan.arrays)]),
+            first=np.cumsum([0, *(len(array.slice_copies) for array in plan.arrays)]),
             span=np.array([(r.start, r.stop, c.start, c.stop) for r, c in spans], np.int64).reshape(-1, 4).T,
             layer=np.array([home.layer for home in homes], np.int64),
             number=np.array([copy.number for _, copy in all_], np.int64),
@@ -83,11 +83,19 @@ class CopyPlaces:
             columns=np.concatenate([np.zeros((3, 0), np.int64), *columns], axis=1),
         )
 
-    def resolve(self, fault_map: FaultMap, geometry: ChipGeometry) -> StuckCells | None:
-        """Return the faults in copies; None where there are no copies."""
+    def resolve(
+        self, cell: Integers, conductance: npt.NDArray[np.float32], geometry: ChipGeometry
+    ) -> StuckCells | None:
+        """Return the cells that lie in copies; None where there are no copies.
+
+        Args:
+            cell: int64 [cells], as the geometry counts them.
+            conductance: float32 [cells], what each is read as, siemens.
+            geometry: The arrays.
+        """
         if not len(self.layer):
             return None
-        array, row, column = geometry.locate(fault_map.cell)
+        array, row, column = geometry.locate(cell)
         copy = np.full(len(array), -1)
         most = int(np.diff(self.first).max())
         for k in range(most):  # the copies of an array lie apart, so that at most one has the cell
@@ -106,12 +114,13 @@ class CopyPlaces:
             position=start + input_,
             part=part,
             segment=segment,
-            conductance=fault_map.conductance[found],
+            conductance=conductance[found],
+            cell=cell[found],
             number=self.number[copy],
         )
 
 
-def _columns(deployment: Deployment, array: ArrayPlan, copy: Copy, segments: Integers) -> Integers:
+def _columns(deployment: Deployment, array: ArrayPlan, copy: SliceCopy, segments: Integers) -> Integers:
     """Return what each column of a copy is, as :attr:`CopyPlaces.columns`."""
     home = deployment.plan.arrays[copy.array].partitions[copy.partition]
     layer, slices = deployment.plan.layers[home.layer], deployment.copied_slices

@@ -6,8 +6,6 @@ A :class:`Decoder` turns outputs into candidates in pixels of the input; :class:
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,9 @@ import numpy.typing as npt
 
 from rerampile.errors import ConfigError, DataError, did_you_mean
 from rerampile.files import require_regular
+from rerampile.runtime.average_precision import JudgedDetections, annotated, drop_variance
 from rerampile.runtime.dataset import Batch, BoxTarget, Dataset
-from rerampile.runtime.metrics import MetricResult
+from rerampile.runtime.metrics import Beside, MetricResult
 
 __all__ = [
     "Candidates",
@@ -324,7 +323,7 @@ class DetectionMetric:
     """mAP at an overlap of 0.5, and its mean over overlaps of 0.5 to 0.95, of the categories that the model knows.
 
     Args:
-        judge: The COCO object of the annotations.
+        judge: See :func:`rerampile.runtime.average_precision.annotated`.
         decoder: Turns outputs into candidates.
         categories: int64 [classes], COCO category of each class of the model, -1 for none.
         options: Thresholds.
@@ -374,22 +373,49 @@ class DetectionMetric:
     def result(self) -> MetricResult:
         """Return both means, and the precision of each category."""
         rows = np.concatenate(self._found) if self._found else np.zeros((0, 7))
-        categories = sorted({int(category) for category in self._categories if category >= 0})
-        by_category = _average_precision(self._judge, rows, self._images, categories)
-        seen = ~np.isnan(by_category[:, 0])
-        means = by_category[seen].mean(axis=0) if seen.any() else np.full(2, math.nan)
+        judged = self._judged(rows, self._images)
         names = {category: entry["name"] for category, entry in self._judge.cats.items()}
         return MetricResult(
-            values=dict(zip(self.names, map(float, means), strict=True)),
+            values=self._named(judged.means()),
             scores={},
             indices=np.concatenate(self._indices) if self._indices else np.zeros(0, np.int64),
             non_finite=self._non_finite,
             by_class={
                 names[category]: float(value)
-                for category, (value, _) in zip(categories, by_category, strict=True)
+                for category, (value, _) in zip(self._known, judged.by_category(), strict=True)
                 if not math.isnan(value)
             },
+            detections=rows,
+            image_ids=np.array(self._images, np.int64),
         )
+
+    def beside(self, chip: MetricResult, clean: MetricResult) -> Beside:
+        """Judge the clean model's detections on the chip's images alone; see :class:`Beside`.
+
+        Raises:
+            ConfigError: None of these images shows anything that the model knows.
+        """
+        if len(chip.indices) == len(clean.indices):
+            return Beside(clean.values, {})
+        images = chip.image_ids.tolist()
+        rows = clean.detections[np.isin(clean.detections[:, 0], chip.image_ids)]
+        same, found = self._judged(rows, images), self._judged(chip.detections, images)
+        if np.isnan(same.means()).any():
+            raise ConfigError(
+                f"--images-per-run {len(images)}: a chip drew images without a box of the model's classes; give more"
+            )
+        return Beside(self._named(same.means()), self._named(drop_variance(same, found, images)))
+
+    @property
+    def _known(self) -> list[int]:
+        """The categories that the model knows."""
+        return sorted({int(category) for category in self._categories if category >= 0})
+
+    def _judged(self, rows: Array, images: Sequence[int]) -> JudgedDetections:
+        return JudgedDetections(self._judge, rows, images, self._known)
+
+    def _named(self, values: Array) -> dict[str, float]:
+        return dict(zip(self.names, map(float, values), strict=True))
 
 
 def open_detection(dataset: Dataset, session: Any, options: DetectionOptions | None = None) -> DetectionMetric:
@@ -414,7 +440,7 @@ def open_detection(dataset: Dataset, session: Any, options: DetectionOptions | N
             f"{dataset.name}: none of the model's {len(by_class)} classes is one of its {len(categories)} categories; "
             f"name the model's classes"
         )
-    return DetectionMetric(_judge(annotations), decoder, by_class, options)
+    return DetectionMetric(annotated(annotations), decoder, by_class, options)
 
 
 def _choose_decoder(
@@ -520,36 +546,6 @@ def _categories(names: Sequence[str] | None, count: int | None, categories: Sequ
     if count in (None, _TORCHVISION_CLASSES) and max(ids) < _TORCHVISION_CLASSES:
         return np.array([k if k in ids else -1 for k in range(_TORCHVISION_CLASSES)], np.int64)
     raise DataError(f"the model has {count} classes, the data {len(ids)} categories; name the model's classes")
-
-
-def _judge(annotations: Mapping[str, Any]) -> Any:
-    from pycocotools.coco import COCO
-
-    judge = COCO()
-    judge.dataset = dict(annotations)
-    with contextlib.redirect_stdout(io.StringIO()):
-        judge.createIndex()
-    return judge
-
-
-def _average_precision(judge: Any, rows: Array, images: Sequence[int], categories: Sequence[int]) -> Array:
-    """Return AP at 0.5 and over 0.5 to 0.95 in percent, float64 [categories, 2]; NaN for one without any box."""
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = judge.loadRes(rows) if len(rows) else None
-        evaluation = COCOeval(
-            judge, found if found is not None else _judge({**judge.dataset, "annotations": []}), "bbox"
-        )
-        evaluation.params.imgIds = sorted(images)
-        evaluation.params.catIds = list(categories)
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [100]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, 0]  # [overlaps, recalls, categories], -1 without boxes
-    by_overlap = np.where(precision[:, 0] < 0, np.nan, 100 * precision.mean(axis=1))
-    return np.stack([by_overlap[0], by_overlap.mean(axis=0)], axis=1)
 
 
 def _finite(arrays: Sequence[Array], k: int, count: int) -> bool:

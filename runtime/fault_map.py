@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, DataError
+from rerampile.failed_cells import CATEGORIES, counts_text
 from rerampile.files import require_regular
 from rerampile.plan import Plan
 from rerampile.target import Target
@@ -36,11 +37,13 @@ __all__ = [
     "placement_digest",
     "read_fault_maps",
     "stuck_ends",
+    "stuck_spreads",
     "write_fault_maps",
 ]
 
 STUCK_OFF, STUCK_ON = 1, 2
-STATES = {"stuck_off": STUCK_OFF, "stuck_on": STUCK_ON}
+STATES = {"stuck_off": STUCK_OFF, "stuck_on": STUCK_ON, "unformed": 3, "partially_formed": 4, "over_formed": 5}
+"""Numbers of the states that a cell can have failed in, by their names in :attr:`Target.failures`."""
 
 _FORMAT, _VERSION = "rerampile-faults", 1
 _COLUMNS = {"chip": np.uint32, "array": np.uint32, "row": np.uint16, "column": np.uint16}
@@ -62,6 +65,8 @@ class ChipGeometry:
         columns: Columns of an array.
         width: Columns that one weight takes on each array, int64 [arrays].
         twin: The array with the other cells of each array's weights, itself where it holds them all, int64 [arrays].
+        roles: Columns of an array that are each other's pair: 2 neighbours, or 1 where a twin or nothing is, int64
+            [arrays].
     """
 
     arrays: int
@@ -69,6 +74,7 @@ class ChipGeometry:
     columns: int
     width: Integers = field(repr=False)
     twin: Integers = field(repr=False)
+    roles: Integers = field(repr=False)
 
     @classmethod
     def of(cls, deployment: Deployment) -> ChipGeometry:
@@ -88,6 +94,7 @@ class ChipGeometry:
             columns=deployment.target.columns,
             width=np.array([len(a.roles) * len(a.slices) for a in arrays], np.int64),
             twin=np.array([a.id if a.twin is None else a.twin for a in arrays], np.int64),
+            roles=np.array([len(a.roles) for a in arrays], np.int64),
         )
 
     @property
@@ -105,6 +112,12 @@ class ChipGeometry:
         """Return the cells at places: the inverse of :meth:`locate`."""
         return (array * self.rows + row) * self.columns + column
 
+    def other_of_pair(self, cell: Integers) -> Integers:
+        """Return the other cell of each cell's pair, or itself where it has none."""
+        array, row, column = self.locate(cell)
+        neighbour = np.where(self.roles[array] == 2, column ^ 1, column)  # a weight takes whole pairs, from column 0
+        return self.cell(self.twin[array], row, np.where(neighbour < self.columns, neighbour, column))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FaultMap:
@@ -112,8 +125,8 @@ class FaultMap:
 
     Attributes:
         cell: int64 [faults], as :class:`ChipGeometry` counts them.
-        state: uint8 [faults], :data:`STUCK_OFF` or :data:`STUCK_ON`.
-        conductance: float32 [faults], what each cell is stuck at, siemens.
+        state: uint8 [faults], one of :data:`STATES`.
+        conductance: float32 [faults], what each cell is stuck at, siemens, whatever the hardware makes of it.
     """
 
     cell: Integers = field(repr=False)
@@ -131,14 +144,37 @@ class FaultMap:
     @property
     def stuck_on(self) -> int:
         """Number of cells that are stuck on."""
-        return len(self) - self.stuck_off
+        return int(np.count_nonzero(self.state == STUCK_ON))
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """Number of cells that failed in other ways, by the names of these; none where there are none."""
+        counts = np.bincount(self.state, minlength=len(STATES) + 1)
+        return {name: int(counts[STATES[name]]) for name in CATEGORIES if counts[STATES[name]]}
+
+    @property
+    def counts_text(self) -> str:
+        """How many cells failed in which way, in words."""
+        return f"{self.stuck_off:,} cells stuck off, {self.stuck_on:,} stuck on{counts_text(self.categories)}"
 
 
 def stuck_ends(target: Target, state: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return the mean conductance of stuck cells, float32 siemens, by their states."""
-    means = np.array([target.cell.stuck_off.mean, target.cell.stuck_on.mean], np.float32)
-    stuck: npt.NDArray[np.float32] = means[(state == STUCK_ON).view(np.uint8)]
-    return stuck
+    """Return the mean conductance of failed cells, float32 siemens, by their states, all of which the target has."""
+    means = _by_state({name: failure.mean for name, failure in target.failures.items()})
+    return means.astype(np.float32)[state]
+
+
+def stuck_spreads(target: Target, state: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Return the standard deviation of that, float64 siemens."""
+    return _by_state({name: failure.spread for name, failure in target.failures.items()})[state]
+
+
+def _by_state(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """Return values by the numbers of states."""
+    table = np.zeros(len(STATES) + 1)
+    for name, value in values.items():
+        table[STATES[name]] = value
+    return table
 
 
 def placement_digest(plan: Plan) -> str:
@@ -235,7 +271,7 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}; expected a fault map") from error
     _check_names(path, table)
     table.setdefault("chip", np.zeros(len(table["array"]), np.int64))
-    _check_values(path, table, geometry, _MOST_CHIPS if chips is None else chips)
+    _check_values(path, table, geometry, deployment.target, _MOST_CHIPS if chips is None else chips)
     return _split(path, table, geometry, deployment.target, chips)
 
 
@@ -282,7 +318,7 @@ def _read_csv(path: Path) -> dict[str, Array]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from None
     names = [name.strip() for name in head.split(",")]
-    kinds = {**dict.fromkeys(_COLUMNS, "i8"), "state": "U16", "conductance": "f8"}
+    kinds = {**dict.fromkeys(_COLUMNS, "i8"), "state": "U20", "conductance": "f8"}
     if len(set(names)) < len(names):
         raise DataError(f"{path}: a column of the header '{head.strip()}' is there twice")
     _check_names(path, names)
@@ -294,7 +330,7 @@ def _read_csv(path: Path) -> dict[str, Array]:
     rows = np.zeros(0, dtype) if rows is None else rows
     words = np.char.strip(rows["state"])
     state = sum((words == word) * code for word, code in STATES.items())
-    _refuse(path, state == 0, lambda i: f"state '{words[i]}', expected {' or '.join(STATES)}")
+    _refuse(path, state == 0, lambda i: f"state '{words[i]}', expected {_one_of(STATES)}")
     return {name: state if name == "state" else rows[name] for name in names}
 
 
@@ -307,16 +343,30 @@ def _check_names(path: Path, names: Sequence[str] | Mapping[str, Array]) -> None
         raise DataError(f"{path}: {wrong}, expected {', '.join(_KNOWN)} ({optional})")
 
 
-def _check_values(path: Path, table: Mapping[str, Array], geometry: ChipGeometry, chips: int) -> None:
+def _check_values(path: Path, table: Mapping[str, Array], geometry: ChipGeometry, target: Target, chips: int) -> None:
     sizes = {"chip": chips, "array": geometry.arrays, "row": geometry.rows, "column": geometry.columns}
     for name, size in sizes.items():
         wrong = (table[name] < 0) | (table[name] >= size)
         _refuse(path, wrong, lambda i, name=name, size=size: f"{name} {table[name][i]}, expected 0 to {size - 1}")  # type: ignore[misc]
     state = table["state"]
-    _refuse(path, ~np.isin(state, (STUCK_OFF, STUCK_ON)), lambda i: f"state {state[i]}, expected 1 (off) or 2 (on)")
-    if "conductance" in table:
+    known = _one_of([f"{number} ({name})" for name, number in STATES.items()])
+    _refuse(path, ~np.isin(state, [*STATES.values()]), lambda i: f"state {state[i]}, expected {known}")
+    if "conductance" not in table:
+        words = ["", *STATES]
+        lacks = ~np.isin(state, [STATES[name] for name in target.failures])
+        _refuse(
+            path,
+            lacks,
+            lambda i: f"no conductance, and target {target.name} has no cells that are {words[state[i]]}; give one",
+        )
+    else:
         g = table["conductance"]
         _refuse(path, ~((g >= 0) & (g <= 10)), lambda i: f"conductance {g[i]:g}, expected siemens from 0 to 10")
+
+
+def _one_of(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}"
 
 
 def _refuse(path: Path, wrong: Array, message: Callable[[int], str]) -> None:

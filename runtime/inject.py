@@ -8,6 +8,8 @@ Everywhere else a stuck cell does nothing, since its row is not driven or its co
 Where slices have copies, a stuck cell changes one of three sums, of which the mean or the median counts. The mean is
 linear: a third of what the cell alone would do to its weight. The median is not: it depends on the inputs, so it is
 left to whoever runs the model (:class:`Votes`), but for sums of which at most one is wrong, which change nothing.
+What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
+Where copies of a layer are averaged, the weights are those of the mean cells: reading is linear.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ import numpy.typing as npt
 
 from rerampile.checks import check_placement
 from rerampile.copies import protected_outputs
-from rerampile.deployment import Deployment, flipped_outputs, layer_coding
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding, lines
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Vote
 from rerampile.runtime.copy_places import CopyPlaces
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding
+from rerampile.target import Target
 
-__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "Votes"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "Votes", "as_read", "column_parts"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -106,6 +109,7 @@ class Injector:
 
     def __init__(self, deployment: Deployment) -> None:
         check_placement(deployment)
+        self._target = deployment.target
         self._places = _Places.of(deployment)
         self._layers = [LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
         protection = deployment.plan.protection
@@ -134,7 +138,10 @@ class Injector:
         Args:
             fault_map: Its stuck cells.
         """
-        stuck = self._places.resolve(fault_map)
+        stuck = self._places.resolve(*as_read(self._target, self._places.geometry, fault_map))
+        if self._target.failed_cells.isolates_pairs:  # which leaves a pair beside the blocks at zero, as it was
+            pairs = np.array([layer.coding.cells == 2 for layer in self._layers])
+            stuck = stuck.take(np.flatnonzero(stuck.at_home | ~pairs[stuck.layer]))
         if (stuck.layer[1:] < stuck.layer[:-1]).any():  # mostly, arrays lie in the order of layers
             stuck = stuck.take(np.argsort(stuck.layer, kind="stable"))
         ends = np.searchsorted(stuck.layer, np.arange(len(self._layers) + 1))
@@ -193,14 +200,14 @@ class _Places:
             first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
             for partition in array.partitions:
                 layer = plan.layers[partition.layer]
-                height, width = _extent(partition, array)
+                height, width = lines(partition, len(array.slices) * len(array.roles))
                 first = len(block_layer)
                 block_layer += [partition.layer] * (partition.groups[1] - partition.groups[0])
                 group, input_ = _numbered(partition, partition.input_indices)
                 rows[:, array.id, height] = group - partition.groups[0] + first, group, input_
                 group, output = _numbered(partition, partition.output_indices)
                 start = (group * layer.outputs + output) * layer.inputs
-                part = _parts(array, layer)
+                part = column_parts(array, layer)
                 columns[:, array.id, width] = np.repeat([group - partition.groups[0] + first, start], len(part), axis=1)
                 flips = np.repeat(flipped_outputs(partition), len(part))
                 parts[array.id, width] = np.tile(part, len(output)) ^ flips
@@ -220,10 +227,15 @@ class _Places:
             copies=CopyPlaces.of(deployment, segments),
         )
 
-    def resolve(self, fault_map: FaultMap) -> StuckCells:
-        """Return the faults that matter: those on a row and a column of the same layer."""
+    def resolve(self, cell: Integers, conductance: Floats) -> StuckCells:
+        """Return the cells that matter: those on a row and a column of the same layer.
+
+        Args:
+            cell: int64 [cells], as the geometry counts them.
+            conductance: float32 [cells], what each is read as, siemens.
+        """
         geometry = self.geometry
-        row, column = np.divmod(fault_map.cell, geometry.columns)
+        row, column = np.divmod(cell, geometry.columns)
         column += row // geometry.rows * geometry.columns
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
@@ -236,18 +248,21 @@ class _Places:
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
             segment=self.column_segment[column],
-            conductance=fault_map.conductance[matters],
+            conductance=conductance[matters],
+            cell=cell[matters],
             number=np.zeros(len(matters), np.int64),
         )
-        copied = self.copies.resolve(fault_map, geometry)
+        copied = self.copies.resolve(cell, conductance, geometry)
         return found if copied is None else found.joined(copied)
 
 
-def _extent(partition: Partition, array: ArrayPlan) -> tuple[slice, slice]:
-    """Return the rows and the columns that a partition spans on its array."""
-    groups, width = partition.groups[1] - partition.groups[0], len(array.slices) * len(array.roles)
-    rows, columns = groups * partition.input_count, groups * partition.output_count * width
-    return slice(partition.row, partition.row + rows), slice(partition.column, partition.column + columns)
+def as_read(target: Target, geometry: ChipGeometry, fault_map: FaultMap) -> tuple[Integers, Floats]:
+    """Return which cells are not read as programmed, ascending, and what they are read as, float32 siemens."""
+    if target.failed_cells.isolates_pairs:
+        cell = np.union1d(fault_map.cell, geometry.other_of_pair(fault_map.cell))
+        return cell, np.zeros(len(cell), np.float32)
+    low, high = np.array(target.failed_limits, np.float32)
+    return fault_map.cell, np.clip(fault_map.conductance, low, high)
 
 
 def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integers]:
@@ -256,7 +271,7 @@ def _numbered(partition: Partition, indices: list[int]) -> tuple[Integers, Integ
     return np.repeat(groups, len(indices)), np.tile(np.array(indices), len(groups))
 
 
-def _parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
+def column_parts(array: ArrayPlan, layer: LayerPlan) -> Integers:
     """Return slice * cells + role of each column of one output."""
     cells = [0 if role == "plus" else 1 for role in array.roles]
     return np.array([k * layer.cells + cell for k in array.slices for cell in cells])
@@ -339,7 +354,10 @@ class LayerCells:
         )
 
     def _crossings(self, stuck: StuckCells) -> Floats:
-        """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear."""
+        """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear.
+
+        Of a copy it is the share that the mean has.
+        """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
         return self._weights(zeros, np.arange(count), stuck, stuck.position)
@@ -347,7 +365,7 @@ class LayerCells:
     def _weights(
         self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers
     ) -> Floats:
-        """Return the weights that cells hold when some are stuck, float32 [weights].
+        """Return the weights that cells hold when some are stuck, the mean of all copies, float32 [weights].
 
         Args:
             cells: The healthy cells of each slice and role, [weights] each.
@@ -359,7 +377,12 @@ class LayerCells:
         values = np.empty((len(cells), count), np.float32)
         for value, cell in zip(values, cells, strict=True):
             value[:] = cell if table is None else table[cell]
-        values.reshape(-1)[stuck.part * count + at] = self.coding.worth(stuck.conductance)
+        flat, place = values.reshape(-1), stuck.part * count + at
+        worth = self.coding.worth(stuck.conductance)
+        if self.plan.copy_count == 1:
+            flat[place] = worth
+        else:  # several copies of one cell may be stuck
+            np.add.at(flat, place, (worth - flat[place]) / np.float32(self.plan.copy_count))
         difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
         return difference * self.gain[position // self.plan.inputs]
 

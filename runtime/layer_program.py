@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from rerampile.deployment import Deployment, layer_coding
+from rerampile.errors import ConfigError
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
+from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 from rerampile.runtime.stuck_cells import StuckCells
 
-__all__ = ["STEPS", "LayerProgram"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -25,12 +25,34 @@ Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 _Kind = TypeVar("_Kind", bound=np.generic)
 
-STEPS = ("compensate", "assign", "flip", "repair", "gain")
+STEPS = ("compensate", "assign", "flip", "repair", "gain", "bias")
 """What can be done, in this order."""
+
+CALIBRATED = ("repair", "bias")
+"""Steps that need to know what layers see."""
 
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
 _GAINS = (0.5, 2.0)  # by how much a gain may change
+
+
+def require_single_copies(deployment: Deployment) -> None:
+    """Refuse a deployment with copies: its cells, one set for all of them, cannot make up for stuck ones of each.
+
+    Raises:
+        ConfigError: A layer is held several times, or slices of it are.
+    """
+    if deployment.plan.protection is not None:
+        raise ConfigError(
+            f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
+            f"--protect-msb"
+        )
+    layer = max(deployment.plan.layers, key=lambda layer: layer.copy_count)
+    if layer.copy_count > 1:
+        raise ConfigError(
+            f"{deployment.folder}: layer '{layer.name}' is held in {layer.copy_count} copies, of which each would need "
+            f"cells of its own, expected one of every layer; compile without --spend-spare-arrays"
+        )
 
 
 class LayerProgram:
@@ -40,16 +62,15 @@ class LayerProgram:
         deployment: The compiled deployment.
         number: Position of the layer in the plan.
         stuck: The chip's stuck cells that matter to it.
-        blocks: First column segment, and rows of the matrix in the order of segments, of each of its pieces whose
-            outputs may change places.
         moments: Mean of x x^T of its inputs, float32 [groups, inputs, inputs]; None where it is not known.
+        placed: The chip's stuck cells that matter once its inputs and outputs have other places.
+        mean: Mean of its inputs, float32 [groups, inputs], where it has a bias that can be shifted.
 
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
             are.
         gain: float32 [groups * outputs].
-        order: By the first column segment of a piece, the rows of the matrix in the order of its segments, where
-            that was changed.
+        shift: float64 [groups * outputs], what is added to its products.
         flipped: int64, the column segments with changed roles, ascending.
         errors: Energy of the errors before and after each step so far, as a share of ``energy``.
         touched: Healthy cells with another target than compiled, before and after each step so far.
@@ -62,22 +83,23 @@ class LayerProgram:
         number: int,
         stuck: StuckCells,
         moments: Floats | None,
-        blocks: Sequence[tuple[int, Integers]] = (),
+        placed: StuckCells | None = None,
+        mean: Floats | None = None,
     ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
-        self._coding = layer_coding(deployment.target, self.plan)
+        self._coding, self._geometry = layer_coding(deployment.target, self.plan), ChipGeometry.of(deployment)
         self._compiled = deployment.cells(self.plan)
         self.gain = self._compiled_gain = deployment.gain(self.plan)
         self._wanted = self._coding.decode(self._compiled, self.gain)
+        self.shift = np.zeros(len(self.gain))
         self._full_scale = np.abs(self.gain) * np.float32(self._coding.span)
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
         self._set(self._hit.as_stuck(self._coding, self._at_hit(self._compiled)))
-        self._blocks = blocks
-        self.order: dict[int, Integers] = {}
+        self._placed, self._mean = stuck if placed is None else placed, mean
         self.flipped = np.zeros(0, np.int64)
         self.energy = float(output_energies(self._shaped(self._wanted), moments).sum())
-        self._compensating = False
+        self._compensating = self._adjusting = False
         self.errors: list[float] = []
         self.touched: list[int] = []
         self.flips: list[int] = []
@@ -85,8 +107,8 @@ class LayerProgram:
 
     def step(self, name: str) -> None:
         """Take a step, and note what it leaves."""
-        if len(self._stuck.part):
-            steps = (self._compensate, self._assign, self._flip, self._repair, self._adjust)
+        if len(self._stuck.part) or len(self._placed.part):
+            steps = (self._compensate, self._assign, self._flip, self._repair, self._adjust, self._shift)
             dict(zip(STEPS, steps, strict=True))[name]()
         self._note()
 
@@ -108,12 +130,24 @@ class LayerProgram:
         return weights
 
     def _note(self) -> None:
-        energy = output_energies(self._shaped(self.weights() - self._wanted), self._moments).sum()
-        self.errors.append(float(energy / self.energy) if self.energy else 0.0)
+        energy = float(self._left().sum())
+        self.errors.append(energy / self.energy if self.energy else 0.0)
         same = np.count_nonzero(self.cells == self._compiled)
         held = self._at_hit(self.cells) != self._at_hit(self._compiled)
         self.touched.append(self.cells.size - int(same) - int(np.count_nonzero(held & self._turned().stuck)))
         self.flips.append(len(self.flipped))
+
+    def _left(self, errors: Floats | None = None) -> Doubles:
+        """Return the energy of the errors of each output, [groups * outputs]: the present ones, or others'."""
+        errors = self.weights() - self._wanted if errors is None else errors
+        energies = output_energies(self._shaped(errors), self._moments).reshape(-1)
+        return energies + self.shift * (self.shift + 2 * self._means(errors)) if self.shift.any() else energies
+
+    def _means(self, errors: Floats) -> Doubles:
+        """Return the mean that errors add to each output, [groups * outputs]."""
+        mean = np.zeros((self.plan.groups, self.plan.inputs), np.float32) if self._mean is None else self._mean
+        means: Doubles = np.einsum("goi,gi->go", self._shaped(errors), mean, dtype=np.float64)
+        return means.reshape(-1)
 
     def _shaped(self, matrix: npt.NDArray[_Kind]) -> npt.NDArray[_Kind]:
         """Return a matrix [groups * outputs, inputs] as [groups, outputs, inputs]."""
@@ -148,38 +182,10 @@ class LayerProgram:
         self._set(self._aimed(self._turned()))
 
     def _assign(self) -> None:
-        """Let outputs of each piece change places where that leaves less error, best of all orders of its columns."""
-        row_of = self._stuck.position // self.plan.inputs
-        for first, rows in self._blocks:
-            costs = self._assignment_costs(first, rows)
-            outputs, slots = linear_sum_assignment(costs)
-            if costs[outputs, slots].sum() >= costs.trace():
-                continue
-            order = rows.copy()
-            order[slots] = rows[outputs]
-            self.order[first] = order
-            mine = (self._stuck.segment >= first) & (self._stuck.segment < first + len(rows))
-            row_of[mine] = order[self._stuck.segment[mine] - first]
-        position = row_of * self.plan.inputs + self._stuck.position % self.plan.inputs
-        self._stuck = StuckCells(**{**vars(self._stuck), "position": position})
+        """Move inputs and outputs to their other places, where other cells are stuck."""
+        self._stuck = self._placed
         self._hit, self.cells = HitWeights.of(self._coding, self._stuck), self._compiled
         self._set(self._aimed(self._turned()))
-
-    def _assignment_costs(self, first: int, rows: Integers) -> Doubles:
-        """Return the energy of each output of a piece, by the column segment that it would be on, [outputs, slots]."""
-        hit, inputs = self._hit, self.plan.inputs
-        chosen = np.flatnonzero((hit.segment >= first) & (hit.segment < first + len(rows)))
-        input_ = np.tile(hit.index[chosen] % inputs, len(rows))
-        row = np.repeat(rows, len(chosen))
-        sites = HitWeights(
-            index=row * inputs + input_,
-            segment=np.tile(hit.segment[chosen], len(rows)),
-            stuck=np.tile(hit.stuck[:, :, chosen], len(rows)),
-            worth=np.tile(hit.worth[:, :, chosen], len(rows)),
-        )
-        key = np.repeat(np.arange(len(rows)), len(chosen)) * len(rows) + sites.segment - first
-        straight, changed = self._energies(sites, key, len(rows) ** 2)
-        return np.minimum(straight, changed).reshape(len(rows), len(rows))
 
     def _energies(self, hit: HitWeights, key: Integers, count: int) -> tuple[Doubles, Doubles]:
         """Return energies of errors, summed by keys below ``count``: with roles as they are, and changed."""
@@ -220,28 +226,40 @@ class LayerProgram:
             (moved != 0).any(axis=1)[:, None] & free, self._coding.encode(targets, self.gain), self.cells
         )
         self._set(held)
-        self._keep_better(errors, before, self.gain)
+        self._keep_better(self._left(errors), before, self.gain)
 
     def _adjust(self) -> None:
         """Change the gain of each output where that leaves less error."""
-        weights = self.weights()
-        factor = best_gain(self._shaped(weights), self._shaped(self._wanted), self._moments).reshape(-1)
-        before, self.gain = self.gain, (self.gain * np.clip(factor, *_GAINS)).astype(np.float32)
-        self._keep_better(weights - self._wanted, self.cells, before)
+        self._adjusting = True
+        self._fit(self._moments)
 
-    def _keep_better(self, errors: Floats, cells: Array, gain: Floats) -> None:
+    def _fit(self, moments: Floats | None, shifting: bool = False) -> None:
+        """Fit gains by second moments, and shifts that make means equal, where that leaves less error."""
+        energy, before = self._left(), self.gain
+        if self._adjusting:
+            factor = best_gain(self._shaped(self.weights()), self._shaped(self._wanted), moments).reshape(-1)
+            change = np.clip(factor * before / self._compiled_gain, *_GAINS)
+            self.gain = (self._compiled_gain * change).astype(np.float32)
+        if shifting:
+            self.shift = -self._means(self.weights() - self._wanted)
+        self._keep_better(energy, self.cells, before)
+
+    def _shift(self) -> None:
+        """Shift outputs so that their means are right, and fit gains to what differs from the means."""
+        if self._moments is not None and self._mean is not None:
+            self._fit(self._moments - self._mean[:, :, None] * self._mean[:, None, :], shifting=True)
+
+    def _keep_better(self, energy: Doubles, cells: Array, gain: Floats) -> None:
         """Put outputs back whose energy has not fallen.
 
         Args:
-            errors: Errors before, [groups * outputs, inputs].
+            energy: Energy of the errors before, [groups * outputs].
             cells: Cells before.
             gain: Gains before.
         """
-        energy = output_energies(self._shaped(errors), self._moments).reshape(-1)
-        now = output_energies(self._shaped(self.weights() - self._wanted), self._moments).reshape(-1)
-        better = now < energy
+        better = self._left() < energy
         self.cells = self.cells if cells is self.cells else np.where(better[:, None], self.cells, cells)
-        self.gain = np.where(better, self.gain, gain)
+        self.gain, self.shift = np.where(better, self.gain, gain), np.where(better, self.shift, 0.0)
 
     def _wrong(self) -> tuple[Integers, Floats]:
         """Return the weights that faults hit and that stay wrong, and how far they are off under the compiled gain."""
@@ -250,9 +268,14 @@ class LayerProgram:
         wrong = np.abs(error) > _WRONG * self._full_scale[faults.index // self.plan.inputs]
         return faults.index[wrong], error[wrong]
 
-    def record(self) -> ChipLayer:
-        """Return what the plan says of the layer."""
-        home = self._stuck.at_home
+    def record(self, bias: str = "", scale: float = 1.0) -> ChipLayer:
+        """Return what the plan says of the layer.
+
+        Args:
+            bias: The initializer of its bias, where that can be shifted.
+            scale: What its products are multiplied by before the bias is added.
+        """
+        home, shifted = self._stuck.at_home, bool(self.shift.any())
         return ChipLayer(
             stuck=len(home),
             beside=int(np.count_nonzero(~home)),
@@ -261,6 +284,8 @@ class LayerProgram:
             measure="plain" if self._moments is None else "moments",
             energy=self.energy,
             errors=self.errors,
+            bias=bias if shifted else None,
+            shift=(scale * self.shift).astype(np.float32).tolist() if shifted else [],
         )
 
     def unrepaired(self) -> list[Unrepaired]:
@@ -271,6 +296,8 @@ class LayerProgram:
         if self._moments is not None:
             share *= self._moments[row // self.plan.outputs, input_, input_]
         share /= self.energy or 1.0
+        position, first = np.unique(self._stuck.position, return_index=True)
+        array, line, column = self._geometry.locate(self._stuck.cell[first[np.searchsorted(position, index)]])
         worst = np.argsort(-share, kind="stable")[:LISTED].tolist()
         wanted = self._wanted.reshape(-1)[index]
         return [
@@ -281,6 +308,9 @@ class LayerProgram:
                 wanted=float(wanted[i]),
                 found=float(wanted[i] + error[i]),
                 share=float(share[i]),
+                array=int(array[i]),
+                row=int(line[i]),
+                column=int(column[i]),
             )
             for i in worst
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from rerampile.errors import ConfigError, DataError, did_you_mean
 from rerampile.runtime.compare import flat
 from rerampile.runtime.dataset import Batch, Dataset
 
-__all__ = ["LOWER_IS_BETTER", "Accuracy", "Agreement", "Metric", "MetricResult", "open_metric"]
+__all__ = ["LOWER_IS_BETTER", "Accuracy", "Agreement", "Beside", "Metric", "MetricResult", "open_metric"]
 
 LOWER_IS_BETTER = frozenset({"output_error"})
 
@@ -34,10 +34,12 @@ class MetricResult:
 
     Attributes:
         values: Percent by name.
-        scores: Percent of each image by name, float32 [images], for the names where an image has a score of its own.
-        indices: int64 [images], the images of the scores, in the order that they were seen.
+        scores: Percent of each image by name, float32 [images], where images have scores of their own.
+        indices: int64 [images], the images, in the order that they were seen.
         non_finite: Images with an output that is not finite; they are scored as wrong.
         by_class: The first value by class, where it has classes: the agreement by the clean model's class, and mAP.
+        detections: Where boxes are found: image id, x, y, width, height, score and category, float64 [n, 7].
+        image_ids: Where boxes are found: id of each of the images, int64 [images].
     """
 
     values: dict[str, float]
@@ -45,6 +47,21 @@ class MetricResult:
     indices: npt.NDArray[np.int64]
     non_finite: int
     by_class: dict[str, float] = field(default_factory=dict)
+    detections: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 7)), repr=False)
+    image_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+
+
+class Beside(NamedTuple):
+    """The clean model beside a chip that saw some of the images.
+
+    Attributes:
+        clean: Values of the clean model on the chip's images, percent by name.
+        variances: How much the drop varies with the choice of images, times their number, squared points by name: of a
+            mean over images the variance of their score differences.
+    """
+
+    clean: dict[str, float]
+    variances: dict[str, float]
 
 
 class Metric(Protocol):
@@ -73,6 +90,10 @@ class Metric(Protocol):
 
     def result(self) -> MetricResult:
         """Return the score of all batches."""
+        ...
+
+    def beside(self, chip: MetricResult, clean: MetricResult) -> Beside:
+        """Return the clean model's values on the images of a chip, from its result on all of them."""
         ...
 
 
@@ -105,7 +126,21 @@ def open_metric(name: str, dataset: Dataset, session: Any, options: Any = None) 
     return open_detection(dataset, session, options)
 
 
-class Accuracy:
+class _ImageScores:
+    """A metric whose values are means of the scores of images."""
+
+    def beside(self, chip: MetricResult, clean: MetricResult) -> Beside:
+        """Average the clean model's scores over the chip's images; see :class:`Beside`."""
+        place = np.searchsorted(clean.indices, chip.indices)
+        values, variances = {}, {}
+        for name, scores in chip.scores.items():
+            same = clean.scores[name][place].astype(np.float64)
+            values[name] = float(same.mean())
+            variances[name] = float((same - scores).var(ddof=1)) if len(same) > 1 else 0.0
+        return Beside(values, variances)
+
+
+class Accuracy(_ImageScores):
     """Top-1 and top-5 accuracy of the first output that holds one score a class.
 
     Args:
@@ -193,7 +228,7 @@ def _is_class_shape(shape: Sequence[Any]) -> bool:
     return len(shape) >= 2 and shape[1] != 1 and all(side == 1 for side in shape[2:])
 
 
-class Agreement:
+class Agreement(_ImageScores):
     """How close a chip is to the clean model: the same class on top, and the relative error of the outputs.
 
     Needs no labels. ``output_error`` is ‖faulty − clean‖ / ‖clean‖ over all outputs, in percent, the mean over images;

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from rerampile.checks import check_checksums
-from rerampile.deployment import load_deployment
+from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError
 from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
@@ -38,7 +38,7 @@ from rerampile.runtime.inject import Injector, LayerFaults
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import Metric, MetricResult, open_metric
 from rerampile.runtime.preprocessing import Preprocessing
-from rerampile.runtime.programmed_chip import chip_faults
+from rerampile.runtime.programmed_chip import chip_faults, compiled_deployment
 from rerampile.runtime.quantised import require_int8
 from rerampile.runtime.random_field import Field
 from rerampile.runtime.session import open_declared, release_memory
@@ -105,11 +105,13 @@ class ChipResult:
         rate: Index of the fault model in the experiment; 0 for chips of a fault map.
         values: Metrics, percent.
         clean: The same metrics of the fault-free deployment on the same images.
-        within: Variance over images of the difference to the clean score, squared points, where images have scores.
+        within: How much the drop varies with the choice of images, times their number, squared points, by metric; see
+            :class:`~rerampile.runtime.metrics.Beside`.
         stuck_off: Cells found stuck off.
         stuck_on: Cells found stuck on.
         non_finite: Images with an output that is not finite.
         by_class: The first of the values by class, where it has classes.
+        categories: Cells found that failed in other ways, by name.
     """
 
     run: int
@@ -121,6 +123,7 @@ class ChipResult:
     stuck_on: int
     non_finite: int
     by_class: dict[str, float]
+    categories: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ class Bench:
         if learned is None:
             check_checksums(self.deployment)
         refuse_weight_rates(self.deployment, experiment.faults)
+        self.compiled = compiled_deployment(self.deployment)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)
@@ -261,10 +265,12 @@ class Bench:
             more = "" if given else "; name other data with --calibration"
             raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
 
-    def _open_executor(self, precision: Precision, layout: BlockedModel | None = None) -> Executor:
+    def _open_executor(
+        self, precision: Precision, layout: BlockedModel | None = None, deployment: Deployment | None = None
+    ) -> Executor:
         inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
         return open_executor(
-            self.deployment,
+            self.deployment if deployment is None else deployment,
             precision=precision,
             provider=self.experiment.provider,
             calibration=inputs,
@@ -273,19 +279,23 @@ class Bench:
 
     def clean_in_fp32(self) -> dict[str, float]:
         """Return the metrics of the fault-free deployment on all images in fp32, whatever chips run in."""
-        return self._score(self.images, self._open_executor("fp32")).values
+        return self._score(self.images, self._open_executor("fp32", deployment=self.compiled)).values
 
     def _check_images_per_run(self, count: int) -> None:
         if not 0 < count <= len(self.images):
             raise ConfigError(f"--images-per-run {count}: expected 1 to {len(self.images)}, the images that are used")
-        if set(self.clean.scores) != set(self.clean.values):
-            raise ConfigError("--images-per-run: this metric scores all images together; give --images instead")
 
     def _learn(self) -> MetricResult:
-        """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first."""
-        scored = self.metric.fresh()
+        """Score the fault-free deployment on all images; metrics that compare with it learn its outputs first.
+
+        Of a programmed chip that is the deployment that was compiled; where that is not there, the chip as far as its
+        cells can hold what they are stuck at.
+        """
+        executor, scored = self.executor, self.metric.fresh()
+        if self.compiled is not None:
+            executor = self._open_executor(self.experiment.precision, deployment=self.compiled)
         for batch in self.data.batches(self.experiment.batch, self.images):
-            outputs = self.executor.run(batch.inputs)
+            outputs = executor.run(batch.inputs)
             self.metric.learn(outputs, batch)
             scored.update(outputs, batch)
         return scored.result()
@@ -330,31 +340,19 @@ class Bench:
             result = self._score(indices, self.executor)
         finally:
             self.executor.restore()
-        clean, within = self._clean_on(result)
+        beside = self.metric.beside(result, self.clean)
         return ChipResult(
             run=run,
             rate=rate,
             values=result.values,
-            clean=clean,
-            within=within,
+            clean=beside.clean,
+            within=beside.variances,
             stuck_off=found.stuck_off,
             stuck_on=found.stuck_on,
             non_finite=result.non_finite,
             by_class=result.by_class,
+            categories=found.categories,
         )
-
-    def _clean_on(self, result: MetricResult) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the clean metrics on a chip's images, and the variance over them of what its scores differ by."""
-        if not result.scores:
-            return self.clean.values, {}
-        place = np.searchsorted(self.clean.indices, result.indices)
-        clean, within = dict(self.clean.values), {}
-        for name, scores in result.scores.items():
-            same = self.clean.scores[name][place].astype(np.float64)
-            clean[name] = float(same.mean())
-            difference = same - scores
-            within[name] = float(difference.var(ddof=1)) if len(difference) > 1 else 0.0
-        return clean, within
 
 
 def run_chips(
@@ -481,6 +479,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "calibration": None if bench.calibration is None else bench.calibration.digest,
         "detection": dataclasses.asdict(experiment.detection),
         "versions": software_versions(),
+        **({} if plan.chip is None else {"compiled": bench.compiled and plan.chip.compiled_sha256}),
     }
 
 

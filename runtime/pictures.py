@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.deployment import Deployment, load_deployment
-from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps
+from rerampile.runtime.fault_map import STATES, STUCK_ON, ChipGeometry, FaultMap, read_fault_maps
 from rerampile.runtime.faults import draw_faults
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.programmed_chip import chip_faults
@@ -33,7 +33,7 @@ __all__ = [
 
 _SIZE = (6.4, 4.0)  # inches
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5a97", "#c98b00", "#4f5d75", "#c46bae", "#2a9d8f")
-_STUCK_COLOURS = ("#f4f4f4", "#3b6fb6", "#c0392b")  # healthy, stuck off, stuck on
+_STUCK_COLOURS = ("#f4f4f4", "#3b6fb6", "#c0392b", "#7fb3d5", "#8e8ea0", "#e59866")  # healthy, then by state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ArrayPicture:
 
     Attributes:
         title: What it shows.
-        state: uint8 [rows, columns]: 0 healthy, 1 stuck off, 2 stuck on.
+        state: uint8 [rows, columns]: 0 healthy, else one of :data:`~rerampile.runtime.fault_map.STATES`.
     """
 
     title: str
@@ -165,10 +165,14 @@ def stuck_picture(picture: ArrayPicture) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         from matplotlib.colors import ListedColormap
 
-        colours = ListedColormap(_STUCK_COLOURS)
-        axes.imshow(picture.state, cmap=colours, vmin=0, vmax=2, interpolation="nearest", aspect="auto")
-        for state, word in ((1, "stuck off"), (2, "stuck on")):
-            axes.plot([], [], "s", color=_STUCK_COLOURS[state], label=f"{word}: {int((picture.state == state).sum())}")
+        shown = {name: state for name, state in STATES.items() if state <= STUCK_ON or (picture.state == state).any()}
+        colours, most = _STUCK_COLOURS[: max(shown.values()) + 1], max(shown.values())
+        axes.imshow(
+            picture.state, cmap=ListedColormap(colours), vmin=0, vmax=most, interpolation="nearest", aspect="auto"
+        )
+        for name, state in shown.items():
+            word = name.replace("_", " ") if state <= STUCK_ON else name.replace("_", "-")
+            axes.plot([], [], "s", color=colours[state], label=f"{word}: {int((picture.state == state).sum())}")
         axes.set_xlabel("bit line (column)")
         axes.set_ylabel("word line (row)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

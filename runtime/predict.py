@@ -71,6 +71,7 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
         rate: Failure rate a cell (or weight).
         stuck_off: Its part of stuck-off cells.
         stuck_on: Its part of stuck-on cells.
+        categories: Its parts of cells that fail in other ways, by name; left out where none do.
         rate_unit: What the rate is of.
         output_error: Predicted error of the outputs, rms over rms, percent. Too high where it comes near 100: outputs
             do not grow with errors for ever.
@@ -85,6 +86,7 @@ class RatePrediction(msgspec.Struct, kw_only=True, frozen=True):
     output_error: float
     coherent_error: float
     layers: list[LayerPrediction]
+    categories: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Prediction(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", tag="rerampile-prediction"):
@@ -302,6 +304,7 @@ def _rate(
         rate=model.rate,
         stuck_off=model.stuck_off,
         stuck_on=model.stuck_on,
+        categories=model.categories or msgspec.UNSET,
         rate_unit=model.rate_unit,
         output_error=100 * math.sqrt(noise + mean),
         coherent_error=100 * math.sqrt(mean),
@@ -319,8 +322,8 @@ def _rate(
 
 
 def _coherent(errors: LayerErrors, model: FaultModel, found: Energies) -> float:
-    """Return the energy of the mean error ``shift * sums - p * products``."""
-    p, shift = errors.stuck(model).probability, errors.shift(model)
+    """Return the energy of the mean error ``shift * sums - p * products``, ``p`` being what weights lose."""
+    p, shift = errors.stuck(model).loss, errors.shift(model)
     return shift**2 * found.shifts - 2 * shift * p * found.crossed + p**2 * found.products
 
 

@@ -120,6 +120,12 @@ def require_int8(deployment: Deployment) -> None:
     """
     for layer in deployment.plan.layers:
         coding = layer_coding(deployment.target, layer)
+        if coding.integer and coding.steps < _MOST_VALUES <= coding.steps * layer.copy_count:
+            raise ConfigError(
+                f"--precision int8: the mean of {layer.copy_count} copies of {coding.steps + 1} values in layer "
+                f"'{layer.name}', expected at most {_MOST_VALUES} values; compile without --spend-spare-arrays, or use "
+                f"fp32"
+            )
         if not coding.integer or coding.steps >= _MOST_VALUES:
             found, remedy = _too_fine(coding)
             raise ConfigError(
@@ -197,12 +203,14 @@ def _axis(layer: LayerPlan, node: NodeProto) -> int | None:
 def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     """Return the scale of each row: its gain over a whole number, so that weights are exact, where int8 has the room.
 
-    Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer.
+    Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer. Means
+    of copies lie between two levels, too: the whole number is a multiple of how many there are where int8 has the room.
     """
-    coding, cell = layer_coding(deployment.target, layer), deployment.target.cell
+    target, coding = deployment.target, layer_coding(deployment.target, layer)
+    low, high = target.failed_limits
     ends = [
-        max(0.0, stuck.mean + side * _DEVIATIONS * stuck.spread)
-        for stuck in (cell.stuck_off, cell.stuck_on)
+        min(max(failure.mean + side * _DEVIATIONS * failure.spread, low), high)
+        for failure in target.failures.values()
         for side in (-1, 1)
     ]
     all_levels = coding.steps / (coding.g_on - coding.g_off)
@@ -210,7 +218,8 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     most, least = max(coding.high, *stuck_steps), min(coding.low, *stuck_steps)
     reach = max(most - coding.reference, coding.reference - least) if coding.cells == 1 else most - least
     share = _LARGEST / reach
-    return deployment.gain(layer) / np.float32(math.floor(share) if share >= 1 else share)
+    step = layer.copy_count if share >= layer.copy_count else 1
+    return deployment.gain(layer) / np.float32(share // step * step if share >= 1 else share)
 
 
 def _quantise(

@@ -14,7 +14,7 @@ from rerampile.runtime.comparison import Compared, ComparisonReport, Difference,
 from rerampile.runtime.layer_chart import highest, layers_caption, layers_picture
 from rerampile.runtime.pictures import ArrayPicture, chips_picture, rate_text, rates_picture, render, stuck_picture
 from rerampile.runtime.predict import Prediction
-from rerampile.runtime.validation import MetricReport, ValidationReport
+from rerampile.runtime.validation import FaultCounts, MetricReport, ValidationReport
 
 __all__ = ["int8_text", "known_text", "write_report"]
 
@@ -190,16 +190,17 @@ def _metric_table(report: ValidationReport, metric: str) -> str:
     parted = any(rate.metrics[metric].chip_deviation is not None for rate in report.rates)
     if parted:
         heads = (*heads, "of it between chips", "by the choice of images")
-    rows = [[rate_text(rate), *_cells(rate.metrics[metric], parted)] for rate in report.rates]
-    return f"<h3>{html.escape(metric)}, {report.clean[metric]:.2f} % without faults</h3>{_table(heads, rows)}"
+    rows = [[rate_text(rate), *_cells(rate.metrics[metric], parted, report.drop_known)] for rate in report.rates]
+    clean = f", {report.clean[metric]:.2f} % without faults" if report.drop_known else ""
+    return f"<h3>{html.escape(metric)}{clean}</h3>{_table(heads, rows)}"
 
 
-def _cells(found: MetricReport, parted: bool) -> list[str]:
+def _cells(found: MetricReport, parted: bool, drop_known: bool) -> list[str]:
     parts = (found.chip_deviation, found.image_deviation) if parted else ()
     return [
         f"{found.mean:.2f}",
         _interval(found.interval),
-        f"{found.drop:.2f}",
+        f"{found.drop:.2f}" if drop_known else "unknown",
         _interval(found.drop_interval),
         "–" if found.deviation is None else f"{found.deviation:.2f}",
         f"{found.fifth_percentile:.2f}",
@@ -246,19 +247,31 @@ def int8_text(report: ValidationReport) -> str:
     )
 
 
+def _categories_text(faults: FaultCounts) -> str:
+    """Return asked and found fractions of other ways to fail; empty where there are none."""
+    return "".join(
+        f", {name.replace('_', '-')} asked {count.asked:.3g}, found {count.observed:.3g}"
+        for name, count in (faults.categories or {}).items()
+    )
+
+
 def _facts(report: ValidationReport) -> str:
     faults = "; ".join(
         f"{rate_text(r)}: asked {r.faults.stuck_off:.3g} off and {r.faults.stuck_on:.3g} on, found "
         f"{r.faults.observed_off:.3g} and {r.faults.observed_on:.3g} of {r.faults.cells:,} cells"
+        + _categories_text(r.faults)
         for r in report.rates
     )
+    response = report.rates[0].faults.response
     facts = {
         "deployment": report.folder,
         "execution": f"{report.precision}, {report.execution}",
         **({} if report.int8 is None else {"int8": int8_text(report)}),
+        **({} if isinstance(report.clean_of, msgspec.UnsetType) else {"clean": report.clean_of.text}),
         "images": f"{report.images:,}",
         **({"images left out": "; ".join(f"{k}: {v}" for k, v in report.skipped.items())} if report.skipped else {}),
         "faults": faults,
+        **({"failed cells": response.replace("_", " ")} if response else {}),
         "distribution": f"{report.rates[0].distribution}, rates of a {report.rates[0].rate_unit}",
         "outputs that were not finite": str(sum(r.non_finite for r in report.rates)),
         **({"no chart of layers": report.prediction} if isinstance(report.prediction, str) else {}),

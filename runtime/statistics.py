@@ -157,7 +157,8 @@ def variance_parts(drops: Vector, within: Vector, images: int, population: int) 
 
     Args:
         drops: Measured drop of each chip, points, float64 [chips].
-        within: Variance over images of each chip's score differences to the clean model, squared points, [chips].
+        within: How much each chip's drop varies with the choice of images, times their number, squared points,
+            float64 [chips]; of a mean over images, the variance of the score differences.
         images: Images that each chip saw, drawn without replacement.
         population: Images to draw from.
     """

@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 
 from rerampile.errors import ConfigError
+from rerampile.failed_cells import CATEGORIES, FailedCells
+from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import LOWER_IS_BETTER
 from rerampile.runtime.monte_carlo import (
@@ -38,6 +40,18 @@ from rerampile.runtime.workers import Workers, open_workers
 __all__ = ["Int8Report", "RateReport", "Requirement", "RequirementResult", "ValidationReport", "validate"]
 
 
+class CategoryCount(msgspec.Struct, kw_only=True, frozen=True):
+    """Cells of all chips of a rate that failed in one way, as a fraction of all cells.
+
+    Attributes:
+        asked: As asked for, in the same way as ``stuck_off``.
+        observed: As found.
+    """
+
+    asked: float
+    observed: float
+
+
 class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
     """Stuck cells of all chips of a rate, asked and observed.
 
@@ -47,6 +61,8 @@ class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
         stuck_on: Fraction of cells asked to be stuck on, the same.
         observed_off: Fraction found stuck off.
         observed_on: Fraction found stuck on.
+        response: How the hardware treats failed cells; left out where the target does not say.
+        categories: Cells that failed in other ways, by name; left out where none do.
     """
 
     cells: int
@@ -54,6 +70,18 @@ class FaultCounts(msgspec.Struct, kw_only=True, frozen=True):
     stuck_on: float
     observed_off: float
     observed_on: float
+    response: str | msgspec.UnsetType = msgspec.UNSET
+    categories: dict[str, CategoryCount] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def asked(self) -> float:
+        """Fraction of cells asked to fail in any way."""
+        return self.stuck_off + self.stuck_on + sum(count.asked for count in (self.categories or {}).values())
+
+    @property
+    def observed(self) -> float:
+        """Fraction found."""
+        return self.observed_off + self.observed_on + sum(c.observed for c in (self.categories or {}).values())
 
 
 class MetricReport(msgspec.Struct, kw_only=True, frozen=True):
@@ -156,6 +184,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         clean: Metrics without faults on all images, percent.
         rates: Results by failure rate.
         requirements: What was required, and whether it holds.
+        clean_of: What ``clean`` is of, for a programmed chip; left out for others.
         prediction: What each layer does to the outputs at the highest failure rate, predicted; or why there is none;
             null where none was asked for.
     """
@@ -176,6 +205,12 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
     rates: list[RateReport]
     requirements: list[RequirementResult]
     prediction: Prediction | str | None = None
+    clean_of: CleanOf | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def drop_known(self) -> bool:
+        """Whether there is a fault-free model that drops are against."""
+        return isinstance(self.clean_of, msgspec.UnsetType) or self.clean_of.found
 
     @property
     def name(self) -> str:
@@ -240,6 +275,29 @@ class Requirement:
         compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.relation]
         found = at.metrics[self.metric].mean
         return RequirementResult(text=self.text, found=found, met=bool(compare(found, self.bound)))
+
+
+class CleanOf(msgspec.Struct, kw_only=True, frozen=True):
+    """What a programmed chip is compared with.
+
+    Attributes:
+        compiled: Name of the folder of the deployment that it was programmed from.
+        found: Whether that was there, beside the chip's folder or above it: its metrics are ``clean``. Where it was
+            not, ``clean`` is of the chip itself, and drops say nothing.
+    """
+
+    compiled: str
+    found: bool
+
+    @property
+    def text(self) -> str:
+        """It in words."""
+        if self.found:
+            return f"of the compiled deployment '{self.compiled}'"
+        return (
+            f"of the chip itself: the deployment '{self.compiled}' that it was programmed from is not beside it, so "
+            f"that the drop is not known"
+        )
 
 
 class RequirementResult(msgspec.Struct, kw_only=True, frozen=True):
@@ -358,6 +416,9 @@ def _validate(
         clean=bench.clean.values,
         rates=reports,
         requirements=[requirement.check(reports) for requirement in requirements],
+        clean_of=msgspec.UNSET
+        if plan.chip is None
+        else CleanOf(compiled=plan.chip.compiled, found=bench.compiled is not None),
     )
 
 
@@ -378,23 +439,42 @@ def _int8_report(bench: Bench) -> Int8Report | None:
 def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precision: float | None) -> RateReport:
     experiment = bench.experiment
     model = None if bench.is_measured else experiment.faults[rate]
-    cells = bench.geometry.cells * len(results)
-    share = _sites(bench) / bench.geometry.cells if model is not None and model.rate_unit == "weight" else 1.0
     return RateReport(
         rate=None if model is None else round(model.rate, 15),
         distribution="measured" if model is None else model.distribution,
         rate_unit="cell" if model is None else model.rate_unit,
         images=experiment.images_per_run or len(bench.images),
-        faults=FaultCounts(
-            cells=cells,
-            stuck_off=sum(r.stuck_off for r in results) / cells if model is None else share * model.stuck_off,
-            stuck_on=sum(r.stuck_on for r in results) / cells if model is None else share * model.stuck_on,
-            observed_off=sum(r.stuck_off for r in results) / cells,
-            observed_on=sum(r.stuck_on for r in results) / cells,
-        ),
+        faults=_fault_counts(bench, results, model),
         non_finite=sum(r.non_finite for r in results),
         metrics={name: _metric_report(bench, results, name, precision) for name in bench.clean.values},
         by_class=_by_class(results),
+    )
+
+
+def _fault_counts(bench: Bench, results: Sequence[ChipResult], model: FaultModel | None) -> FaultCounts:
+    """Return the failed cells of all chips of a rate; measured ones count as asked for."""
+    cells = bench.geometry.cells * len(results)
+    found = {"stuck_off": sum(r.stuck_off for r in results), "stuck_on": sum(r.stuck_on for r in results)}
+    found |= {name: sum(r.categories.get(name, 0) for r in results) for name in CATEGORIES}
+    observed = {name: count / cells for name, count in found.items()}
+    asked = observed
+    if model is not None:
+        share = _sites(bench) / bench.geometry.cells if model.rate_unit == "weight" else 1.0
+        asked = dict.fromkeys(CATEGORIES, 0.0) | {name: share * p for name, p in model.probabilities.items()}
+    categories = {
+        name: CategoryCount(asked=asked[name], observed=observed[name])
+        for name in CATEGORIES
+        if asked[name] or observed[name]
+    }
+    treated = bench.deployment.target.failed_cells
+    return FaultCounts(
+        cells=cells,
+        stuck_off=asked["stuck_off"],
+        stuck_on=asked["stuck_on"],
+        observed_off=observed["stuck_off"],
+        observed_on=observed["stuck_on"],
+        response=msgspec.UNSET if treated == FailedCells() else treated.response,
+        categories=categories or msgspec.UNSET,
     )
 
 

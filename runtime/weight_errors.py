@@ -6,6 +6,9 @@ output.
 
 The cells beside the blocks of an array hold zero weights, whose errors let inputs leak into other outputs. Each leak is
 as large on average as if its input fed an output of its own group, which is where it is counted.
+
+Errors of the copies of a layer, of which the mean is read, are independent: their mean has the same mean, and the
+variance of one of them divided by their number.
 """
 
 from __future__ import annotations
@@ -78,21 +81,16 @@ class LayerErrors:
 
     def stuck(self, model: FaultModel) -> StuckCell:
         """Return how one of the layer's cells fails."""
-        return StuckCell.of(
-            self._deployment.target.cell,
-            self._coding,
-            stuck_off=model.stuck_off,
-            stuck_on=model.stuck_on,
-            by_weight=model.rate_unit == "weight",
-        )
+        by_weight = model.rate_unit == "weight"
+        return StuckCell.of(self._deployment.target, self._coding, model.probabilities, by_weight=by_weight)
 
     def shift(self, model: FaultModel) -> float:
-        """Return what the mean error of each weight is beside ``-p w``, in units of the output's gain."""
+        """Return what the mean error of each weight is beside what it loses, in units of the output's gain."""
         return self.stuck(model).shift(self._coding)
 
     def mean_weights(self, model: FaultModel) -> Floats:
         """Return each weight as it is on average, float32 [groups * outputs, inputs]; leaks have no part in it."""
-        mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).probability)
+        mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).loss)
         shift = np.float32(self.shift(model)) * self._gain[:, None]
         return mean + shift * self._placed.reshape(mean.shape) if shift.any() else mean
 
@@ -126,6 +124,8 @@ class LayerErrors:
             counted = None if self._counted is None else self._counted[:, rows]
             part = stuck.variance_of(coding, cells[:, :, rows], self._gain[rows, None], counted)
             part *= placed[rows]
+            if layer.copy_count > 1:
+                part /= np.float32(layer.copy_count)
             if leaks is not None:
                 part += leaks[rows]
             yield rows, part
@@ -160,6 +160,7 @@ class LayerErrors:
             for partition, part in zip(partitions, own, strict=True):
                 groups, _, inputs = _places(partition)
                 leaks[np.ix_(groups, np.arange(layer.outputs), inputs)] += (everything - part)[:, :, None]
+        leaks /= np.float32(layer.copy_count**2)  # summed over copies, whose places may differ
         return leaks.reshape(-1, layer.inputs)
 
     def offset_sums(self) -> OffsetSums | None:
@@ -208,7 +209,7 @@ class LayerErrors:
                 mixing[held, held] -= rows * columns
             touched = np.flatnonzero(driven)
             mixing[np.ix_(touched, touched)] += np.outer(read[touched], driven[touched])
-        return mixing
+        return mixing / self.layer.copy_count
 
 
 def _places(partition: Partition) -> tuple[Integers, Integers, Integers]:

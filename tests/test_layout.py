@@ -20,6 +20,7 @@ FACES = {
     "rerampile.compiler",
     "rerampile.chip_options",
     "rerampile.chips_progress",
+    "rerampile.chip_calibration",
     "rerampile.compare_command",
     "rerampile.fault_commands",
     "rerampile.finetune_command",

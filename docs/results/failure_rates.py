@@ -15,17 +15,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Literal
 
-import msgspec
 from mappings import say, tolerated
 from pruned_models import PrunedModels, parser_of, repeat
-from tables import HERE, accuracy, command, table
+from tables import accuracy, command, table, write_comparison
 
 from rerampile import compile_model
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Experiment
-from rerampile.runtime.pictures import render
 from rerampile.runtime.validation import ValidationReport, validate
 
 Line = tuple[float, str, Literal["tensor", "channel"]]  # ratio, mapping, scale
@@ -125,12 +123,7 @@ def main() -> None:
     parser.add_argument("--images-per-run", type=int)
     options = parser.parse_args()
     report = compare(measure(options))
-    (HERE / f"{options.name}.md").write_text(page(report, options))
-    svg, _ = render(picture(report, options))
-    (HERE / f"{options.name}.svg").write_text(svg)
-    numbers = msgspec.json.encode(report)
-    shown = options.shown_data or options.data
-    (HERE / f"{options.name}.json").write_bytes(numbers.replace(options.data.encode(), shown.encode()) + b"\n")
+    write_comparison(report, page(report, options), picture(report, options), options)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-from tables import HERE, accuracy, command, shown_model, table
+from tables import accuracy, command, shown_model, table, write_comparison
 
 from rerampile import compile_model
 from rerampile.runtime.comparison import Compared, ComparisonReport, Known, compare
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import ChipResult, Experiment
-from rerampile.runtime.pictures import rates_picture, render
+from rerampile.runtime.pictures import rates_picture
 from rerampile.runtime.report import known_text
 from rerampile.runtime.validation import ValidationReport, validate
 from rerampile.target import Target
@@ -142,9 +141,9 @@ def ends(known: Known) -> str:
     return f"{low:.2g} … {'' if high is None else f'{high:.2g}'}"
 
 
-def main() -> None:
-    """Measure, and write the page, its picture and its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return what reads the arguments of a measurement of chips."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
     parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
@@ -159,14 +158,15 @@ def main() -> None:
     parser.add_argument("--levels", type=int, help="of a cell, for cells that are not analog")
     parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
     parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure, and write the page, its picture and its numbers."""
+    options = parser_of(__doc__).parse_args()
     options.shown_data = options.shown_data or options.data
     report = compare(measure(options))
-    (HERE / f"{options.name}.md").write_text(page(report, options))
-    svg, _ = render(rates_picture(report.validations, report.metric))
-    (HERE / f"{options.name}.svg").write_text(svg)
-    numbers = msgspec.json.encode(report).replace(options.data.encode(), options.shown_data.encode())
-    (HERE / f"{options.name}.json").write_bytes(numbers + b"\n")
+    write_comparison(report, page(report, options), rates_picture(report.validations, report.metric), options)
 
 
 if __name__ == "__main__":

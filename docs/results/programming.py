@@ -22,10 +22,12 @@ import numpy as np
 from tables import HERE, command, shown_model, table
 
 from rerampile import Deployment, compile_model
-from rerampile.programmer import Calibration, ChipSource, calibrate, program_chip
+from rerampile.chip_calibration import Calibration, calibrate
+from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.data import open_dataset, training_split
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
+from rerampile.runtime.layer_program import CALIBRATED, STEPS
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.preprocessing import Preprocessing
 from rerampile.runtime.session import open_declared
@@ -35,14 +37,18 @@ from rerampile.runtime.validation import validate
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as compiled": (),
     "compensate": ("compensate",),
-    "+ flip": ("compensate", "flip"),
-    "+ assign + flip": ("compensate", "assign", "flip"),
-    "+ flip + gain": ("compensate", "flip", "gain"),
-    "+ flip + repair": ("compensate", "flip", "repair"),
-    "+ flip + repair + gain": ("compensate", "flip", "repair", "gain"),
-    "+ assign + flip + repair + gain": ("compensate", "assign", "flip", "repair", "gain"),
+    "compensate, flip": ("compensate", "flip"),
+    "compensate, flip, gain": ("compensate", "flip", "gain"),
+    "compensate, flip, gain, bias": ("compensate", "flip", "gain", "bias"),
+    "compensate, flip, repair": ("compensate", "flip", "repair"),
+    "compensate, flip, repair, gain": ("compensate", "flip", "repair", "gain"),
+    "compensate, flip, repair, gain, bias": ("compensate", "flip", "repair", "gain", "bias"),
+    "compensate, assign, flip": ("compensate", "assign", "flip"),
+    "compensate, assign, flip, repair": ("compensate", "assign", "flip", "repair"),
+    "compensate, assign, flip, repair, gain": ("compensate", "assign", "flip", "repair", "gain"),
+    "all": STEPS,
 }
-CALIBRATED = tuple(variant for variant, steps in VARIANTS.items() if "repair" in steps)
+CALIBRATED_VARIANTS = tuple(variant for variant, steps in VARIANTS.items() if set(steps) & set(CALIBRATED))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -53,9 +59,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for rate in options.rates:
         for chip in range(options.runs):
             for variant in [v for v in VARIANTS if not kept.has(rate, chip, v)]:
-                if variant in CALIBRATED and calibration is None:
+                if variant in CALIBRATED_VARIANTS and calibration is None:
                     calibration = calibrated(deployment, options)
-                seen = calibration if variant in CALIBRATED else None
+                seen = calibration if variant in CALIBRATED_VARIANTS else None
                 kept.add(one(deployment, rate, chip, variant, seen, options))
                 print(f"{rate:g}, chip {chip}, {variant}: {kept.figures[-1]['value']:.2f}", flush=True)
     return [f for f in kept.figures if f["rate"] in options.rates and f["chip"] < options.runs]
@@ -63,7 +69,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def identity(options: argparse.Namespace) -> dict[str, Any]:
     """Return what figures depend on, but for the rate and the number of the chip."""
-    return {"data": options.shown_data, "images": options.images, "calibration_images": options.calibration_images}
+    return {
+        "data": options.shown_data,
+        "images": options.images,
+        "calibration_images": options.calibration_images,
+        "steps": list(STEPS),
+    }
 
 
 class Kept:
@@ -116,12 +127,12 @@ def one(
     path, folder = options.work / "chip.safetensors", options.work / "chip"
     write_fault_maps(path, [faults], deployment)
     experiment = Experiment(folder=deployment.folder, fault_map=path, data=options.data, images=options.images)
-    seconds, error, wrong = 0.0, None, None
+    seconds, processor, error, wrong = 0.0, 0.0, None, None
     if VARIANTS[variant]:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         source = ChipSource(path=path, number=0, faults=faults)
         done = program_chip(deployment, source, folder, steps=VARIANTS[variant], calibration=calibration).plan.chip
-        seconds = time.perf_counter() - started
+        seconds, processor = time.perf_counter() - started, time.process_time() - busy
         if done is not None:
             error, wrong = done.steps[-1].error, done.unrepaired_total
         experiment = Experiment(folder=folder, data=options.data, images=options.images)
@@ -137,16 +148,17 @@ def one(
         "variant": variant,
         "metric": name,
         "value": metric.mean,
-        "clean": metric.clean if not VARIANTS[variant] else None,
+        "clean": metric.clean,
         "error": error,
         "unrepaired": wrong,
         "seconds": round(seconds, 2),
+        "processor_seconds": round(processor, 2),
     }
 
 
 def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
-    clean = next(f["clean"] for f in figures if f["clean"] is not None)
+    clean = figures[0]["clean"]
     images = "all images" if options.images is None else f"{options.images:,} images"
     heads = ["steps", *(f"{rate:g}" for rate in options.rates)]
     lines = [
@@ -154,14 +166,18 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         f"Mean drop of {figures[0]['metric']} in points against {clean:.2f} % without faults, of {options.runs} chips",
         "for each failure rate of a cell (stuck off : stuck on = 1 : 5.2), with its 95 % interval over chips, and the",
-        f"worst chip in brackets; {images}, mapping `{options.mapping}`. Repair learns from",
-        f"{options.calibration_images} training images without their labels.",
+        f"worst chip in brackets; {images}, mapping `{options.mapping}`. Lines with `repair` or `bias` learn from",
+        f"{options.calibration_images} training images without their labels; the others know nothing of inputs.",
         "",
-        *table(
-            ["steps", *(f"{rate:g}" for rate in options.rates)], [row(figures, v, clean, options) for v in VARIANTS]
-        ),
+        *table(heads, [row(figures, v, options) for v in VARIANTS]),
         "",
-        "Median seconds that a chip takes from fault map to verified folder, calibration not counted:",
+        "What `rerampile program` predicts: mean error of the layers in percent, and in brackets the weights that",
+        "faults hit and that stay wrong. Lines that learn from images weigh errors by what layers see.",
+        "",
+        *table(heads, [predicted(figures, v, options) for v in VARIANTS][1:]),
+        "",
+        "Median seconds that a chip takes from fault map to verified folder, in brackets those of all processors.",
+        "The calibration is done once for any number of chips, and not counted.",
         "",
         *table(heads, [times(figures, v, options) for v in VARIANTS][1:]),
         "",
@@ -171,11 +187,16 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def row(figures: list[dict[str, Any]], variant: str, clean: float, options: argparse.Namespace) -> list[str]:
+def found(figures: list[dict[str, Any]], rate: float, variant: str) -> list[dict[str, Any]]:
+    """Return the figures of the chips of a rate, with some steps."""
+    return [f for f in figures if (f["rate"], f["variant"]) == (rate, variant)]
+
+
+def row(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
     """Return the drops of a variant at each rate."""
     cells = []
     for rate in options.rates:
-        drops = clean - np.array([f["value"] for f in figures if (f["rate"], f["variant"]) == (rate, variant)])
+        drops = np.array([f["clean"] - f["value"] for f in found(figures, rate, variant)])
         low, high = interval_of(drops) or (drops.mean(), drops.mean())
         cells.append(f"{drops.mean():.2f} ± {(high - low) / 2:.2f} ({drops.max():.1f})")
     return [variant, *cells]
@@ -183,8 +204,22 @@ def row(figures: list[dict[str, Any]], variant: str, clean: float, options: argp
 
 def times(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
     """Return the seconds of a variant at each rate."""
-    found = [[f["seconds"] for f in figures if (f["rate"], f["variant"]) == (r, variant)] for r in options.rates]
-    return [variant, *(f"{statistics.median(seconds):.1f}" for seconds in found)]
+    cells = []
+    for rate in options.rates:
+        chips = found(figures, rate, variant)
+        wall, all_ = (statistics.median(f[name] for f in chips) for name in ("seconds", "processor_seconds"))
+        cells.append(f"{wall:.1f} ({all_:.1f})")
+    return [variant, *cells]
+
+
+def predicted(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
+    """Return the predicted error of a variant at each rate, and the weights that stay wrong."""
+    cells = []
+    for rate in options.rates:
+        chips = found(figures, rate, variant)
+        error, wrong = (statistics.mean(f[name] for f in chips) for name in ("error", "unrepaired"))
+        cells.append(f"{100 * error:.2f} ({wrong:,.0f})")
+    return [variant, *cells]
 
 
 def repeat(options: argparse.Namespace) -> list[str]:

@@ -1,7 +1,8 @@
 """Weights as a chip with random stuck cells reads them, drawn anew for every step of a training.
 
 After Kim et al. 2020: the network meets other defects at each step, so that no weight can rely on one cell. Cells are
-stuck independently, as in :mod:`rerampile.runtime.faults`; which array they lie on does not matter to that.
+stuck independently, as in :mod:`rerampile.runtime.faults`, and read as the hardware does
+(:mod:`rerampile.failed_cells`); which array they lie on does not matter to that.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class StuckWeights:
         cells = self._coding.encode(matrix.reshape(-1)[changed, None], gain[row])
         table = self._coding.cell_values
         values = (cells if table is None else table[cells]).astype(np.float32).reshape(parts, -1)
-        values[cell % parts, at] = self._coding.worth(self._stuck(len(cell), random))
+        part = cell % parts
+        values[part, at] = worth = self._coding.worth(self._stuck(len(cell), random))
+        if self._defects.target.failed_cells.isolates_pairs and self._coding.cells == 2:
+            values[part ^ 1, at] = worth
         read = self._coding.combine(values.reshape(*cells.shape[:2], -1)) * gain[row]
         if self._factor is not None:
             factor = np.broadcast_to(self._factor, matrix.shape)[row, changed % matrix.shape[1]]
@@ -99,14 +103,15 @@ class StuckWeights:
         return self._places[changed], read
 
     def _stuck(self, count: int, random: np.random.Generator) -> Floats:
-        """Return what some stuck cells conduct, siemens: normal around the target's mean, and never negative."""
-        faults, cell = self._defects.faults, self._defects.target.cell
-        on = random.random(count) * faults.rate < faults.stuck_on
-        mean, spread = (
-            np.where(on, getattr(cell.stuck_on, name), getattr(cell.stuck_off, name)) for name in ("mean", "spread")
-        )
-        drawn: Floats = np.maximum(mean + spread * random.standard_normal(count), 0).astype(np.float32)
-        return drawn
+        """Return what some stuck cells are read as, siemens: normal around the mean of their state, within limits."""
+        faults, target = self._defects.faults, self._defects.target
+        probabilities = dict(reversed(faults.probabilities.items()))
+        failures = [target.failure(state) for state in probabilities]
+        reach = np.cumsum([*probabilities.values()])
+        state = np.searchsorted(reach[:-1], random.random(count) * faults.rate, "right")
+        mean, spread = np.array([[failure.mean, failure.spread] for failure in failures])[state].T
+        drawn: Floats = np.clip(mean + spread * random.standard_normal(count), *target.failed_limits)
+        return drawn.astype(np.float32)
 
 
 def _hits(rate: float, count: int, random: np.random.Generator) -> Integers:

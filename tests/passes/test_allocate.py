@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from rerampile import CapacityError, Deployment, Target, compile_model
 from rerampile.checks import check_placement
-from rerampile.plan import ArrayPlan, LayerPlan
+from rerampile.plan import ArrayPlan, CopiesPlan, LayerPlan
 from rerampile.schemes import MAPPINGS
 from rerampile.target import Cell
 
@@ -114,7 +115,7 @@ def value(deployment: Deployment, layer: LayerPlan, plus: Array, minus: Array | 
 
 
 def read_back(deployment: Deployment) -> None:
-    """Rebuild every matrix from the pictures; check that no weight is missing or held twice and no line is shared."""
+    """Rebuild every matrix from the pictures; check that each copy holds every weight once and no line is shared."""
     plan = deployment.plan
     pictures = [deployment.array(array.id) for array in plan.arrays]
     for number, layer in enumerate(plan.layers):
@@ -137,9 +138,9 @@ def read_back(deployment: Deployment) -> None:
                 block = np.ix_([region.group * layer.outputs + o for o in outputs], list(inputs))
                 assert not weights[block].any()
                 for role in held:
-                    role[block] += 1
+                    role[block] += layer.copy_count
                 cells[:, :, *block] = deployment.cells(layer)[:, :, *block]
-        assert (held == 1).all()
+        assert (held == layer.copy_count).all()
         gain = deployment.gain(layer).astype(np.float64)[:, None]
         minus = cells[:, 1] if layer.cells == 2 else None
         np.testing.assert_allclose(value(deployment, layer, cells[:, 0], minus) * gain, weights, rtol=1e-5, atol=1e-6)
@@ -206,6 +207,38 @@ def test_every_weight_sits_in_one_place(weights: list[Array], target: Target, ma
         assert totals.arrays_saved_by_packing >= 0
         assert totals.cells == totals.arrays * target.rows * target.columns
         assert totals.cells_used <= totals.cells
+
+
+@settings(max_examples=40)
+@given(sparse_weights(), targets(), MAPPING, st.booleans(), st.integers(0, 30))
+def test_copies_take_arrays_that_are_left_over(
+    weights: list[Array], target: Target, mapping: str, pack: bool, spare: int
+) -> None:
+    """All of them whole, never more than there are, behind arrays that stay as they are, and no layer for the worse."""
+    options: dict[str, Any] = {"mapping": mapping, "pack": pack, "tolerance": 1.0}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = compile_model(model_of(weights), out=f"{folder}/plain", target=target, **options)
+        there = len(plain.plan.arrays)
+        target = replace(target, arrays_per_core=max(1, there + spare))
+        deployment = compile_model(
+            model_of(weights), out=f"{folder}/out", target=target, spend_spare_arrays=True, **options
+        )
+        check_placement(deployment)
+        read_back(deployment)
+    plan = deployment.plan
+    if mapping not in ("auto", "optimal"):
+        assert plan.arrays[:there] == plain.plan.arrays
+    assert len(plan.arrays) <= max(1, there + spare)
+    assert plan.totals.arrays_spent == len(plan.arrays) - there
+    assert plan.totals.arrays_saved_by_packing == plain.plan.totals.arrays_saved_by_packing
+    for array in plan.arrays[there:]:
+        assert all(partition.copy for partition in array.partitions)
+        copies = {(partition.layer, partition.copy) for partition in array.partitions}
+        assert len({layer for layer, _ in copies}) == len(copies)
+    for layer in plan.layers:
+        assert isinstance(layer.copies, CopiesPlan)
+        assert layer.copies.error == layer.copies.error_single / layer.copies.count
+        assert layer.copies.count == 1 or layer.copies.error < layer.copies.error_single
 
 
 @settings(max_examples=25)

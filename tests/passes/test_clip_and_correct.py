@@ -287,11 +287,11 @@ def test_the_plan_says_from_what_it_was_chosen(compile_text: Compile) -> None:
     [
         (
             {"faults": FaultModel.of_rate(0)},
-            "--clip and --correct: 0 of all cells stuck, expected more than 0 and less than 1",
+            "--clip, --correct and --spend-spare-arrays: 0 of all cells stuck, expected more than 0 and less than 1",
         ),
         (
             {"faults": FaultModel.of_rate(0.01, rate_unit="weight")},
-            "--clip and --correct: a failure rate of a weight, expected one",
+            "--clip, --correct and --spend-spare-arrays: a failure rate of a weight, expected one",
         ),
         ({"current_weight": 0.1}, "'differential' is the same for all current weights, expected none; leave them out"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rerampile.passes.full_scale import FaultNoise, Losses, losses_of
 from rerampile.schemes import SCHEMES, Coding
 from rerampile.stuck_cell import StuckCell
-from rerampile.target import Cell, Stuck
+from rerampile.target import Cell, Stuck, Target
 
 Doubles = npt.NDArray[np.float64]
 OFF, ON = 1e-6, 100e-6
@@ -32,11 +32,13 @@ CELLS: dict[str, tuple[Cell, int]] = {
 
 def coding_of(kind: str, scheme: str, off: float, on: float) -> tuple[Coding, StuckCell]:
     cell, slices = CELLS[kind]
+    target = Target(name="cells", rows=8, columns=8, slices=slices, cell=cell)
+    faults = {"stuck_off": off, "stuck_on": on}
     keys: dict[str, Any] = {key: getattr(cell, key) for key in ("g_off", "g_on", "levels", "level_table")}
     pair = Coding(scheme="balanced", slices=slices, **keys)
-    aims = StuckCell.of(cell, pair, stuck_off=off, stuck_on=on).common_modes(pair) if scheme == "optimal" else None
+    aims = StuckCell.of(target, pair, faults).common_modes(pair) if scheme == "optimal" else None
     coding = Coding(scheme=scheme, slices=slices, common_modes=aims, **keys)
-    return coding, StuckCell.of(cell, coding, stuck_off=off, stuck_on=on)
+    return coding, StuckCell.of(target, coding, faults)
 
 
 def problem(seed: int, outputs: int = 2, inputs: int = 24) -> tuple[Doubles, npt.NDArray[np.bool_], Doubles]:

@@ -54,7 +54,7 @@ def cells_of_copies(plan: Plan, array: ArrayPlan) -> list[tuple[int, int, int, i
     assert plan.protection is not None
     top = array.slices[-plan.protection.slices :]
     found = []
-    for copy in array.copies:
+    for copy in array.slice_copies:
         home = plan.arrays[copy.array].partitions[copy.partition]
         outputs = copy.output_index or range(*(copy.outputs or (0, 0)))
         inputs = copy.input_index or range(*(copy.inputs or (0, 0)))
@@ -160,7 +160,7 @@ def compiled(path: Path, *weights: Floats, **options: Any) -> Deployment:
 def test_freed_columns_hold_copies_in_the_rows_of_the_originals(tmp_path: Path) -> None:
     plan = compiled(tmp_path / "out", pruned(16, 8, 0, 4)).plan  # 4 outputs of 3 slices: 12 of 24 columns
     (array,) = plan.arrays
-    assert [(c.number, c.row, c.column, c.inputs, c.outputs) for c in array.copies] == [
+    assert [(c.number, c.row, c.column, c.inputs, c.outputs) for c in array.slice_copies] == [
         (1, 0, 12, (0, 16), (0, 4)),
         (2, 0, 16, (0, 16), (0, 4)),
     ]
@@ -171,7 +171,7 @@ def test_freed_columns_hold_copies_in_the_rows_of_the_originals(tmp_path: Path) 
 def test_freed_rows_hold_copies_below_in_parts(tmp_path: Path) -> None:
     plan = compiled(tmp_path / "out", pruned(16, 6, 8, 0), target=target_of(columns=18)).plan
     (array,) = plan.arrays  # 8 inputs stay: 8 rows of 18 columns are free
-    assert [(c.number, c.row, c.column, c.inputs, c.outputs) for c in array.copies] == [
+    assert [(c.number, c.row, c.column, c.inputs, c.outputs) for c in array.slice_copies] == [
         (1, 8, 0, (8, 16), (0, 6)),
         (2, 8, 6, (8, 16), (0, 6)),
     ]
@@ -179,7 +179,7 @@ def test_freed_rows_hold_copies_below_in_parts(tmp_path: Path) -> None:
     (array,) = plan.arrays  # 10 inputs stay, 6 rows are free: a copy takes two places, read one after the other
     assert plan.protection is not None
     assert plan.protection.weights == 4 * 10
-    assert all(copy.row >= 10 and copy.input_count <= 6 for copy in array.copies)
+    assert all(copy.row >= 10 and copy.input_count <= 6 for copy in array.slice_copies)
 
 
 def test_arrays_that_pruning_freed_are_used_last_and_no_more_than_there_were(tmp_path: Path) -> None:
@@ -214,7 +214,9 @@ def test_grouped_layers_and_other_operators_have_no_copies(
         target=target_of(64, 64),
         protect_msb=1,
     )
-    homes = [deployment.plan.arrays[c.array].partitions[c.partition] for a in deployment.plan.arrays for c in a.copies]
+    homes = [
+        deployment.plan.arrays[c.array].partitions[c.partition] for a in deployment.plan.arrays for c in a.slice_copies
+    ]
     assert {deployment.plan.layers[home.layer].name for home in homes} == {"C"}
 
 
@@ -255,9 +257,9 @@ def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) 
 def test_a_plan_whose_copies_were_changed_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     deployment = compiled(tmp_path / "out", pruned(16, 8, 0, 4))
     (array,) = deployment.plan.arrays
-    copies = [msgspec.structs.replace(array.copies[0], **change), *array.copies[1:]]
+    copies = [msgspec.structs.replace(array.slice_copies[0], **change), *array.slice_copies[1:]]
     with pytest.raises(PlanFormatError, match=message):
-        check_placement(changed(deployment, [msgspec.structs.replace(array, copies=copies)]))
+        check_placement(changed(deployment, [msgspec.structs.replace(array, slice_copies=copies)]))
 
 
 def test_copies_need_their_part_of_the_plan_and_all_partitions(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_copies_need_their_part_of_the_plan_and_all_partitions(tmp_path: Path) -
     arrays = list(deployment.plan.arrays)
     with pytest.raises(PlanFormatError, match=r"copies without \$\.protection"):
         check_placement(changed(deployment, arrays, protection=None))
-    first = [msgspec.structs.replace(a, copies=[c for c in a.copies if c.array == 0]) for a in arrays]
+    first = [msgspec.structs.replace(a, slice_copies=[c for c in a.slice_copies if c.array == 0]) for a in arrays]
     with pytest.raises(PlanFormatError, match="an output has copies in one partition and not in another"):
         check_placement(changed(deployment, first))
     turned = msgspec.structs.replace(deployment.plan.protection, slices=4)
@@ -279,11 +281,11 @@ def test_a_copy_among_columns_of_other_roles_is_refused(tmp_path: Path) -> None:
     )
     first, second = twins.plan.arrays
     copies = [msgspec.structs.replace(copy, array=1) for copy in first.copies]
-    both = [msgspec.structs.replace(array, copies=copies) for array in (first, second)]
+    both = [msgspec.structs.replace(array, slice_copies=copies) for array in (first, second)]
     with pytest.raises(PlanFormatError, match="on the first of two twins"):
         check_placement(changed(twins, both))
     with pytest.raises(PlanFormatError, match="differs from its twin"):
-        check_placement(changed(twins, [first, msgspec.structs.replace(second, copies=[])]))
+        check_placement(changed(twins, [first, msgspec.structs.replace(second, slice_copies=[])]))
 
 
 def changed(deployment: Deployment, arrays: list[ArrayPlan], **fields: Any) -> Deployment:

@@ -197,7 +197,16 @@ MISPLACED: dict[str, tuple[Change, str]] = {
     "beyond the matrix": (both(inputs=[100, 129], input_index=None), "expected some of 0 to "),
     "neither range nor list": (both(inputs=None, input_index=None), "expected either 'inputs' or 'input_index'"),
     "both range and list": (both(inputs=[0, 2], input_index=[0, 1]), "expected either 'inputs' or 'input_index'"),
-    "listed twice": (both(inputs=None, input_index=[1, 1, 2]), "$.arrays[0]: input_index is not ascending"),
+    "listed twice": (both(inputs=None, input_index=[1, 1, 2]), "$.arrays[0]: input_index lists one twice"),
+    "too few rows": (set_to("arrays", 0, "partitions", 0, "input_rows", value=[0, 1]), "input_rows [0, 1], expected"),
+    "slots in no order": (
+        both(outputs=[0, 2], output_index=None, output_slots=[1, 0]),
+        "$.arrays[0]: output_slots [1, 0], expected 2 numbers, ascending",
+    ),
+    "slots beyond the array": (
+        both(outputs=[0, 2], output_index=None, output_slots=[0, 10**6]),
+        "$.arrays[0]: partitions reach column",
+    ),
     "roles": (set_to("arrays", 0, "roles", value=["minus"]), "$.arrays[0]: roles"),
     "no roles": (set_to("arrays", 0, "roles", value=[]), "$.arrays[0]: "),
     "slices": (set_to("arrays", 0, "slices", value=[0]), "$.arrays[0]: roles"),

@@ -67,7 +67,7 @@ def test_from_compile_to_validate(model: Path, tmp_path: Path) -> None:
     assert "copies: A" in shown
     data = json.loads(run("show", out, "--json").stdout)
     assert data["protection"]["cells"] == plan.protection.cells
-    with_copies = next(array for array in plan.arrays if array.copies)
+    with_copies = next(array for array in plan.arrays if array.slice_copies)
     assert ", copy 1" in run("show", out, "--array", with_copies.id).output
 
     words = ("validate", out, "--failure-rate", 0.02, "--runs", 2, "--images", 8, "-q", "--json")
@@ -94,6 +94,10 @@ def test_a_mean_is_predicted_and_does_less_harm_than_no_copies(model: Path, tmp_
     [
         (("--protect-msb", 1), "--protect-msb 1: target 'paper' holds a weight in one slice, expected several"),
         ((*TARGET, "--protect-msb", 9), "--protect-msb 9: expected 1 to 8, the slices of target 'isaac'"),
+        (
+            (*TARGET, "--set", "chips=1", "--protect-msb", 1, "--spend-spare-arrays"),
+            "--protect-msb and --spend-spare-arrays: of an averaged layer no single sums are left to vote on",
+        ),
         ((*TARGET, "--vote", "mean"), "--vote: no effect without --protect-msb"),
         ((*TARGET, "--protect-msb", 0), "0 is not in the range x>=1"),
         ((*TARGET, "--protect-msb", 1, "--vote", "mode"), "'mode' is not one of 'median', 'mean'"),

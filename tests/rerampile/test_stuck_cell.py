@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rerampile.schemes import SCHEMES, Coding
 from rerampile.stuck_cell import StuckCell
-from rerampile.target import Cell, Stuck
+from rerampile.target import Cell, Stuck, Target
 
 G_OFF, G_ON = 1e-6, 100e-6
 OUTSIDE = {"stuck_off": Stuck(mean=0.5e-6, spread=0.4e-6), "stuck_on": Stuck(mean=170e-6, spread=30e-6)}
@@ -31,14 +31,15 @@ WEIGHTS = np.linspace(-1, 1, 41, dtype=np.float32)[None]
 def coding_of(kind: str, scheme: str, off: float, on: float, current_weight: float = 0.0) -> tuple[Coding, StuckCell]:
     """A coding, for ``optimal`` around what suits the probabilities, and how its cells fail."""
     cell, slices = CELLS[kind]
+    target = Target(name="cells", rows=8, columns=8, slices=slices, cell=cell)
     keys: dict[str, Any] = {key: getattr(cell, key) for key in ("g_off", "g_on", "levels", "level_table")}
     keys["slices"] = slices
     pair = Coding(scheme="balanced", **keys)
-    stuck = StuckCell.of(cell, pair, stuck_off=off, stuck_on=on)
+    stuck = StuckCell.of(target, pair, {"stuck_off": off, "stuck_on": on})
     if scheme == "optimal":
         return Coding(scheme="optimal", common_modes=stuck.common_modes(pair, current_weight), **keys), stuck
     coding = Coding(scheme=scheme, **keys)
-    return coding, StuckCell.of(cell, coding, stuck_off=off, stuck_on=on)
+    return coding, StuckCell.of(target, coding, {"stuck_off": off, "stuck_on": on})
 
 
 def encoded(coding: Coding) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:

@@ -341,9 +341,6 @@ def test_a_file_says_what_the_model_does_not(parse_model, tmp_path):
     done = run("--detection", tmp_path / "d.json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["clean"]["map50"] == pytest.approx(100)
-    refused = run("--detection", tmp_path / "d.json", "--images-per-run", "1", "-o", tmp_path / "other")
-    assert refused.exit_code == 1
-    assert "--images-per-run: this metric scores all images together; give --images instead" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector, LayerFaults, Leaks
 from rerampile.runtime.inputs import fitting_inputs
-from rerampile.runtime.quantised import require_dot_products
+from rerampile.runtime.plain_model import plain_model
+from rerampile.runtime.quantised import quantised_model, require_dot_products
 from rerampile.runtime.session import open_session, run
 from rerampile.target import Cell, Stuck
 
@@ -414,6 +416,35 @@ def test_int8_holds_cells_that_are_stuck_outside_the_levels(levels: int, mapping
     assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(("levels", "mapping"), [(8, "differential"), (16, "offset"), (16, "differential")])
+def test_int8_holds_means_of_copies(levels: int, mapping: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly, between two levels: weights of a chip are whole multiples of the scale. No int8 product is run."""
+    monkeypatch.setattr("rerampile.runtime.quantised.require_dot_products", lambda: None)
+    text = "(float[N,40] x) => (float[] z) { y = MatMul (x, A) z = MatMul (y, B) }"
+    target = replace(_levels(levels), arrays_per_core=9)
+    deployment = compile_model(
+        _model((text, {"A": (40, 12), "B": (12, 7)})),
+        out=tmp_path / "out",
+        target=target,
+        mapping=mapping,
+        spend_spare_arrays=True,
+    )
+    copies = [layer.copy_count for layer in deployment.plan.layers]
+    assert sum(copies) == 9
+    assert min(copies) > 2
+    x = {"x": np.random.default_rng(1).standard_normal((50, 40), dtype=np.float32)}
+    scales = quantised_model(deployment, plain_model(deployment), [x], ()).scales
+    faults = FaultModel(stuck_off=0.01, stuck_on=0.03)
+    chip = Injector(deployment).faults(draw_faults(ChipGeometry.of(deployment), faults, target, seed=0, run=0))
+    assert len(chip) == 2
+    for found, layer in zip(chip, deployment.plan.layers, strict=True):
+        whole = found.value / scales[found.layer][found.index // layer.inputs]
+        np.testing.assert_allclose(whole, np.rint(whole), atol=1e-3)
+        assert np.abs(whole).max() <= 127
+        steps = found.value / deployment.gain(layer)[found.index // layer.inputs]
+        assert (np.abs(steps - np.rint(steps)) > 0.1).any()
+
+
 @pytest.mark.usefixtures("_exact_int8")
 def test_int8_single_fault(tmp_path: Path) -> None:
     """One step more on weight (4, 2) of a product adds one gain times the rounded input 2 to output 4 alone."""
@@ -456,6 +487,16 @@ def test_int8_refusals(target: Target | None, options: dict[str, Any], message: 
     deployment = compile_model(_model(INT8), out=tmp_path / "out", **more)
     with pytest.raises(ConfigError, match=f"--precision int8: {message}"):
         open_executor(deployment, precision="int8", **options)
+
+
+def test_int8_refuses_means_that_are_too_fine(tmp_path: Path) -> None:
+    target = replace(_levels(128), arrays_per_core=7)
+    text = "(float[N,40] x) => (float[] y) { y = MatMul (x, A) }"
+    model = _model((text, {"A": (40, 12)}))
+    deployment = compile_model(model, out=tmp_path / "out", target=target, spend_spare_arrays=True)
+    message = "--precision int8: the mean of 7 copies of 128 values in layer 'A', expected at most 256 values; compile "
+    with pytest.raises(ConfigError, match=message + "without --spend-spare-arrays, or use fp32"):
+        open_executor(deployment, precision="int8", calibration=CALIBRATION)
 
 
 @pytest.mark.slow

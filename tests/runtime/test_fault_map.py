@@ -158,10 +158,13 @@ def test_csv_as_people_write_it(text: str, cells: list[list[int]], deployment: D
         ("array,row,row,column,state\n", "a column of the header 'array,row,row,column,state' is there twice"),
         (
             "array,row,column,state\n0,0,0,SA0\n",
-            "fault 0 (counted from 0): state 'SA0', expected stuck_off or stuck_on",
+            "fault 0 (counted from 0): state 'SA0', expected stuck_off, stuck_on, ",
         ),
         ("array,row,column,state\n0,0,0,stuck_on\n0,0,1,\n", "fault 1 (counted from 0): state ''"),
-        ("array,row,column,state\n0,0,0,stuck_on_and_more\n", "expected stuck_off or stuck_on"),
+        (
+            "array,row,column,state\n0,0,0,stuck_on_and_more\n",
+            "expected stuck_off, stuck_on, ",
+        ),
         ("array,row,column,state\n99,0,0,stuck_on\n", "array 99, expected 0 to "),
         ("array,row,column,state\n0,32,0,stuck_on\n", "row 32, expected 0 to 31"),
         (
@@ -223,8 +226,9 @@ def table(**changes: Any) -> dict[str, np.ndarray]:
         (table(row=[1.0, 2.0]), FORMAT, "tensor 'row' is float64, expected integer numbers"),
         (table(state=[True, False]), FORMAT, "tensor 'state' is bool, expected integer numbers"),
         (table(conductance=[1, 2]), FORMAT, "tensor 'conductance' is int64, expected floating-point numbers"),
-        (table(state=[1, 3]), FORMAT, "fault 1 (counted from 0): state 3, expected 1 (off) or 2 (on)"),
-        (table(state=[0, 1]), FORMAT, "fault 0 (counted from 0): state 0, expected 1 (off) or 2 (on)"),
+        (table(state=[1, 6]), FORMAT, "fault 1 (counted from 0): state 6, expected 1 (stuck_off), 2 (stuck_on), "),
+        (table(state=[0, 1]), FORMAT, "fault 0 (counted from 0): state 0, expected 1 (stuck_off), 2 (stuck_on), "),
+        (table(state=[1, 5]), FORMAT, "fault 1 (counted from 0): no conductance, and target "),
         (table(array=np.array([0, 2**64 - 1], np.uint64)), FORMAT, "array 18446744073709551615, expected 0 to"),
         (table(conductance=[1e-4, np.inf]), FORMAT, "conductance inf, expected siemens from 0 to 10"),
     ],

@@ -24,8 +24,14 @@ SURE = 1e-6  # smallest probability of a right result to look as it does; the se
 
 def chip(arrays: int = 40, rows: int = 32, columns: int = 24, width: int = 2, twins: bool = False) -> ChipGeometry:
     ids = np.arange(arrays)
+    roles = 2 if width % 2 == 0 and not twins else 1
     return ChipGeometry(
-        arrays=arrays, rows=rows, columns=columns, width=np.full(arrays, width), twin=ids ^ 1 if twins else ids
+        arrays=arrays,
+        rows=rows,
+        columns=columns,
+        width=np.full(arrays, width),
+        twin=ids ^ 1 if twins else ids,
+        roles=np.full(arrays, roles),
     )
 
 

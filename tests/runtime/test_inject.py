@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from rerampile import Deployment, Target, compile_model, verify_deployment
 from rerampile.deployment import layer_coding, partition_blocks
 from rerampile.errors import PlanFormatError
+from rerampile.failed_cells import FailedCells
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends
@@ -48,6 +49,16 @@ small (float[2, 6, 4, 4] image) => (float[2, 21] scores) {
 """
 
 
+QUICK = {  # the scheme that is always tested
+    ("analog", "adjacent"): "differential",
+    ("analog", "twin"): "offset",
+    ("levels", "adjacent"): "offset",
+    ("levels", "twin"): "optimal",
+    ("table", "adjacent"): "two_column",
+    ("table", "twin"): "balanced",
+}
+
+
 def weights() -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.default_rng(3)
     made = {
@@ -72,7 +83,10 @@ def target_of(cell: Cell, slices: int = 1, layout: str = "adjacent", rows: int =
 
 
 def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
-    """The matrix [groups * outputs, groups * inputs] that a layer's arrays compute, one driven input at a time."""
+    """The matrix [groups * outputs, groups * inputs] that a layer's arrays compute, one driven input at a time.
+
+    Of copies it is the mean.
+    """
     plan, target, geometry = deployment.plan, deployment.target, ChipGeometry.of(deployment)
     layer = plan.layers[number]
     coding = layer_coding(target, layer)
@@ -107,7 +121,8 @@ def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
             np.add.at(matrix[:, driven], out_row[out_row >= 0], currents[out_row >= 0])
             if coding.cells == 1:
                 np.subtract.at(matrix[:, driven], out_row[out_row >= 0][::width], coding.reference * inputs.sum())
-    return matrix * deployment.gain(layer)[:, None]
+    copies = {partition.copy for array in plan.arrays for partition in array.partitions if partition.layer == number}
+    return matrix * deployment.gain(layer)[:, None] / max(1, len(copies))
 
 
 def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> Floats:
@@ -129,10 +144,13 @@ def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> 
     return matrix
 
 
-def check_against_simulation(deployment: Deployment, faults: FaultMap) -> list[LayerFaults]:
+def check_against_simulation(
+    deployment: Deployment, faults: FaultMap, read: FaultMap | None = None
+) -> list[LayerFaults]:
+    """``read`` is what the hardware reads, where that is not what cells conduct."""
     found = Injector(deployment).faults(faults)
     for number, layer in enumerate(deployment.plan.layers):
-        expected = simulate(deployment, number, faults)
+        expected = simulate(deployment, number, read or faults)
         coding = layer_coding(deployment.target, layer)
         ulp = 4e-7 * coding.high * max(1.0, float(faults.conductance.max(initial=0)) / coding.g_on)
         gain = deployment.gain(layer)[:, None].astype(np.float64)
@@ -164,6 +182,106 @@ def test_weights_and_leaks_are_what_the_arrays_compute(
     assert found[2].leaks is None
     assert {f.value.dtype for f in found} == {np.dtype(np.float32)}
     assert {f.index.dtype for f in found} == {np.dtype(np.int64)}
+
+
+def as_read(deployment: Deployment, faults: FaultMap) -> FaultMap:
+    """What hardware that bounds or cuts off failed cells reads of them, cell by cell."""
+    target, geometry = deployment.target, ChipGeometry.of(deployment)
+    response, read = target.failed_cells.response, {}
+    for cell, conductance in zip(faults.cell.tolist(), faults.conductance.tolist(), strict=True):
+        read[cell] = min(max(conductance, 5e-6), 120e-6) if response == "bounded" else 0.0
+        id_, row, column = (int(part[0]) for part in geometry.locate(np.array([cell])))
+        array = deployment.plan.arrays[id_]
+        if response == "isolated_pair" and array.twin is not None:
+            read[(array.twin * target.rows + row) * target.columns + column] = 0.0
+        elif response == "isolated_pair" and len(array.roles) == 2:
+            role = column % (2 * len(array.slices)) % 2  # the two roles of a slice are neighbours
+            if role or column + 1 < target.columns:
+                read[cell - 1 if role else cell + 1] = 0.0
+    cells = np.array(sorted(read))
+    values = np.array([read[cell] for cell in cells.tolist()], np.float32)
+    return FaultMap(cell=cells, state=np.ones(len(cells), np.uint8), conductance=values)
+
+
+@pytest.mark.parametrize("response", ["bounded", "isolated_cell", "isolated_pair"])
+@pytest.mark.parametrize("layout", ["adjacent", "twin"])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3), ("table", 2)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_failed_cells_are_read_as_the_hardware_does(
+    scheme: str, kind: str, slices: int, layout: str, response: str, tmp_path: Path
+) -> None:
+    """On arrays with an odd number of columns, of which the last has no neighbour, and packed ones."""
+    failed = FailedCells(response=response, low=5e-6, high=120e-6)
+    target = replace(target_of(CELLS[kind], slices, layout, columns=45), failed_cells=failed)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    faults = random_faults(deployment)
+    plain = replace(deployment, target=replace(target, failed_cells=FailedCells()))
+
+    found = check_against_simulation(deployment, faults, as_read(deployment, faults))
+
+    assert len(found) == 3
+    assert (found[1].leaks is None) == (response == "isolated_pair" and scheme != "offset")
+    more = len(found[2].index) / len(Injector(plain).faults(faults)[2].index)
+    assert more == pytest.approx(1) if scheme == "offset" or response != "isolated_pair" else more >= 1
+
+
+COPIED = [
+    pytest.param(scheme, kind, slices, layout, pack, marks=() if scheme == QUICK[kind, layout] else pytest.mark.slow)
+    for scheme in SCHEMES
+    for kind, slices in (("analog", 1), ("levels", 3), ("table", 1))
+    for layout in ("adjacent", "twin")
+    for pack in (False, True)
+]
+
+
+@pytest.mark.parametrize(("scheme", "kind", "slices", "layout", "pack"), COPIED)
+def test_copies_are_averaged(scheme: str, kind: str, slices: int, layout: str, pack: bool, tmp_path: Path) -> None:
+    """The weights and leaks of chips whose copies have stuck cells of their own, sometimes the same cell in several."""
+    target = replace(target_of(CELLS[kind], slices, layout), arrays_per_core=60)
+    options = {"target": target, "mapping": scheme, "pack": pack, "spend_spare_arrays": True}
+    deployment = build(TEXT, weights(), tmp_path / "out", **options)
+    verify_deployment(deployment.folder)
+    assert [layer.copy_count > 2 for layer in deployment.plan.layers[:2]] == [True, True]
+
+    found = check_against_simulation(deployment, random_faults(deployment))
+
+    assert [f.layer for f in found] == [0, 1, 2]
+    assert found[1].leaks is not None
+    assert all((np.diff(f.index) > 0).all() for f in found)
+
+
+def test_copies_leave_a_chip_without_faults_as_it_is(tmp_path: Path) -> None:
+    """To the bit, where each cell is stuck at what it holds; and the first arrays are those without copies."""
+    target = replace(target_of(Cell(g_off=1e-6, g_on=100e-6)), arrays_per_core=60)
+    plain = build(TEXT, weights(), tmp_path / "plain", target=target)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    coding = layer_coding(target, deployment.plan.layers[0])
+    held = np.concatenate([coding.conductance(deployment.array(a.id)).reshape(-1) for a in deployment.plan.arrays])
+    state = np.full(len(held), STUCK_OFF, np.uint8)
+
+    found = Injector(deployment).faults(FaultMap(cell=np.arange(len(held)), state=state, conductance=held))
+
+    assert {layer.copy_count for layer in deployment.plan.layers} - {1, 2, 4}  # whose shares of a weight round
+    for faults, layer in zip(found, deployment.plan.layers, strict=True):
+        assert faults.leaks is None
+        np.testing.assert_array_equal(faults.value, deployment.weights(layer).reshape(-1)[faults.index])
+    assert deployment.plan.arrays[: len(plain.plan.arrays)] == plain.plan.arrays
+    for name in ("conductances.safetensors", "deployed.onnx"):
+        assert (deployment.folder / name).read_bytes() == (plain.folder / name).read_bytes()
+
+
+def test_both_ways_run_copies_alike(tmp_path: Path) -> None:
+    target = replace(target_of(CELLS["analog"]), rows=36, columns=16, arrays_per_core=90)  # a group of an array's own
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    assert deployment.plan.layers[0].copy_count > 1
+    inputs = {"image": np.random.default_rng(2).standard_normal((2, 6, 4, 4), np.float32)}
+    faults = [f for f in Injector(deployment).faults(random_faults(deployment)) if f.leaks is None]
+    outputs = []
+    for method in ("fast", "slow"):
+        executor = open_executor(deployment, method=method, threads=1)
+        executor.apply(faults)
+        outputs.append(executor.run(inputs)[0])
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4 * np.abs(outputs[1]).max())
 
 
 @pytest.mark.parametrize("layout", ["adjacent", "twin"])
@@ -232,7 +350,7 @@ def test_no_faults_and_faults_of_spare_cells_do_nothing(tmp_path: Path) -> None:
     for array in deployment.plan.arrays:
         for partition in array.partitions:
             blocks = list(partition_blocks(partition, 2))
-            used[array.id, blocks[0][1].start : blocks[-1][1].stop, blocks[0][2].start : blocks[-1][2].stop] = True
+            used[array.id, blocks[0][1][0] : blocks[-1][1][-1] + 1, blocks[0][2][0] : blocks[-1][2][-1] + 1] = True
     spare = np.flatnonzero(~used.reshape(-1))
     state = np.full(len(spare), STUCK_ON, np.uint8)
     all_spare = FaultMap(cell=spare, state=state, conductance=stuck_ends(deployment.target, state))

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper, shape_inference
 
 from rerampile import ConfigError, DataError, Deployment, Target, compile_model
 from rerampile.crossbar_functions import DOMAIN
+from rerampile.failed_cells import FailedCells
 from rerampile.runtime.data import Batch, open_dataset
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry
@@ -151,6 +152,72 @@ def test_each_layer_is_within_a_tenth_of_monte_carlo(scheme: str, kind: str, tmp
     assert not found.not_predicted
     expected = monte_carlo(deployment, faults, positive_inputs(), 120)
     np.testing.assert_allclose(nsr_of(found.rates[0], deployment), expected, rtol=0.1)
+
+
+FORMED: dict[str, Any] = {
+    "unformed": {"share": 3, "mean": 0.5e-6, "spread": 0.5e-6},
+    "partially_formed": {"share": 2, "mean": 40e-6, "spread": 30e-6},
+    "over_formed": {"share": 5, "mean": 400e-6, "spread": 150e-6},
+}
+
+
+@pytest.mark.parametrize(
+    ("response", "scheme", "kind", "unit"),
+    [
+        ("unbounded", "differential", "analog", "cell"),
+        ("bounded", "optimal", "levels", "cell"),
+        ("isolated_cell", "balanced", "stuck outside", "cell"),
+        ("isolated_cell", "offset", "table", "weight"),
+        ("isolated_pair", "two_column", "levels", "cell"),
+        ("isolated_pair", "differential", "table", "weight"),
+        ("isolated_pair", "offset", "analog", "cell"),
+    ],
+)
+def test_failed_cells_of_several_kinds(response: str, scheme: str, kind: str, unit: str, tmp_path: Path) -> None:
+    cell, slices = CELLS[kind]
+    failed = FailedCells(response=response, **FORMED)
+    target = Target(name="small", rows=48, columns=72, slices=slices, cell=cell, failed_cells=failed)
+    deployment = compile_model(model_of(OPERATORS, SHAPES), out=tmp_path / "out", target=target, mapping=scheme)
+    faults = FaultModel.of_target(0.1, target, rate_unit=unit)
+
+    found = predict(deployment, [faults], positive_inputs(), probe_images=1)
+
+    expected = monte_carlo(deployment, faults, positive_inputs(), 120)
+    np.testing.assert_allclose(nsr_of(found.rates[0], deployment), expected, rtol=0.12)
+
+
+@pytest.mark.parametrize("mapping", ["differential", "offset"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_copies_that_are_averaged(mapping: str, pack: bool, tmp_path: Path) -> None:
+    """Variances and leaks by the number of copies, mean errors and the shift of ``offset`` as with one."""
+    cell, slices = CELLS["analog"]
+    faults = FaultModel.of_rate(0.1)
+    target = Target(name="small", rows=48, columns=72, slices=slices, cell=cell, arrays_per_core=60)
+    found, plans = [], []
+    for spend in (False, True):
+        deployment = compile_model(
+            model_of(OPERATORS, SHAPES),
+            out=tmp_path / f"out{spend}",
+            target=target,
+            mapping=mapping,
+            pack=pack,
+            spend_spare_arrays=spend,
+        )
+        found.append(predict(deployment, [faults], positive_inputs(), probe_images=1).rates[0])
+        plans.append(deployment.plan)
+    expected = monte_carlo(deployment, faults, positive_inputs(), 120)
+
+    np.testing.assert_allclose(nsr_of(found[1], deployment), expected, rtol=0.1)
+    copies = {layer.name: layer.copy_count for layer in plans[1].layers}
+    assert max(copies.values()) > 2
+    before = {layer.layer: layer for layer in found[0].layers}
+    for after in found[1].layers:
+        one = before[after.layer]
+        assert after.coherent == pytest.approx(one.coherent, rel=1e-5 if mapping == "differential" or not pack else 0.2)
+        if not pack:  # packed arrays leak within a layer; copies never share one
+            random = (one.nsr - one.coherent) / copies[after.layer]
+            assert after.nsr - after.coherent == pytest.approx(random, rel=1e-5)
+        assert after.nsr <= one.nsr * (1 + 1e-6)
 
 
 def test_one_cell_of_a_weight(tmp_path: Path) -> None:
@@ -337,7 +404,9 @@ def layer_by_monte_carlo(
     arrays = [a.id for a in deployment.plan.arrays if any(p.layer == number for p in a.partitions)]
     first, whole = arrays[0], ChipGeometry.of(deployment)
     assert arrays == list(range(first, first + len(arrays)))
-    geometry = replace(whole, arrays=len(arrays), width=whole.width[arrays], twin=np.arange(len(arrays)))
+    geometry = replace(
+        whole, arrays=len(arrays), width=whole.width[arrays], twin=np.arange(len(arrays)), roles=whole.roles[arrays]
+    )
     energy = layer_energy(next(n for n in source.graph.node if n.name == layer.uses[0].node))
     healthy = deployment.weights(layer)
     found: list[float] = []

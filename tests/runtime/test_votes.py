@@ -14,10 +14,11 @@ from onnx import numpy_helper
 
 from rerampile import ConfigError, Deployment, FaultRunError, Target, compile_model
 from rerampile.deployment import layer_coding
+from rerampile.failed_cells import FailedCells
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, stuck_ends
 from rerampile.runtime.faults import FaultModel, draw_faults
-from rerampile.runtime.inject import Injector
+from rerampile.runtime.inject import Injector, as_read
 from rerampile.target import Cell, Stuck
 
 Doubles = npt.NDArray[np.float64]
@@ -92,13 +93,14 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
     assert protection is not None
     coding, gain = layer_coding(deployment.target, layer), deployment.gain(layer).astype(np.float64)
     geometry = ChipGeometry.of(deployment)
-    at, row, column = geometry.locate(faults.cell)
+    cell, conductance = as_read(deployment.target, geometry, faults)
+    at, row, column = geometry.locate(cell)
     pictures = []
     for array in plan.arrays:
         codes = deployment.array(array.id)
         values = (codes if coding.cell_values is None else coding.cell_values[codes]).astype(np.float64)
         mine = at == array.id
-        values[row[mine], column[mine]] = coding.worth(faults.conductance[mine])
+        values[row[mine], column[mine]] = coding.worth(conductance[mine])
         pictures.append(values)
     result = np.zeros((len(rows_in), layer.outputs))
     for array in plan.arrays:
@@ -110,7 +112,7 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
             copies = np.zeros((2, len(rows_in), len(outputs), protection.slices * len(array.roles)))
             there = set()
             for other in plan.arrays:
-                for copy in other.copies:
+                for copy in other.slice_copies:
                     if (copy.array, copy.partition) == (first, position) and other.roles == array.roles:
                         own = np.array(copy.input_indices)
                         sums = rows_in[:, own] @ pictures[other.id][copy.row : copy.row + len(own)]
@@ -142,6 +144,9 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
         ("MatMul", {"mapping": "differential"}),
         ("MatMul", {"mapping": "two_column", "target": target_of("twin")}),
         ("MatMul", {"target": target_of(table=TABLE)}),
+        ("MatMul", {"mapping": "differential", "target": target_of(failed_cells=FailedCells("isolated_pair"))}),
+        ("MatMul", {"mapping": "differential", "target": target_of("twin", failed_cells=FailedCells("isolated_pair"))}),
+        ("MatMul", {"target": target_of(failed_cells=FailedCells("bounded"))}),
         ("left MatMul", {}),
         ("Gemm", {"mapping": "balanced"}),
         ("left Gemm", {}),
@@ -193,7 +198,7 @@ def one_copy_stuck(deployment: Deployment, number: int) -> FaultMap:
     geometry = ChipGeometry.of(deployment)
     mask = np.zeros((geometry.arrays, geometry.rows, geometry.columns), np.bool_)
     for array in deployment.plan.arrays:
-        for copy in array.copies:
+        for copy in array.slice_copies:
             if copy.number == number:
                 width = copy.output_count * deployment.copied_slices * len(array.roles)
                 mask[array.id, copy.row : copy.row + copy.input_count, copy.column : copy.column + width] = True

@@ -7,11 +7,13 @@ import onnx
 import pytest
 
 from rerampile.errors import ConfigError
+from rerampile.failed_cells import RESPONSES
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import load_model_file
 from rerampile.passes.find_layers import find_layers
 from rerampile.runtime.faults import FaultModel
+from rerampile.stuck_cell import StuckCell
 from rerampile.target import Target
 from rerampile.training.stuck_weights import Defects, StuckWeights
 
@@ -101,3 +103,32 @@ def test_levels_and_stuck_values_of_the_target() -> None:
 def test_mappings_that_depend_on_faults() -> None:
     with pytest.raises(ConfigError, match="--mapping auto: cannot be trained with, expected two_column, differential"):
         Defects(faults=FaultModel.of_rate(0.01), mapping="auto")
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("scheme", ["differential", "offset"])
+def test_failed_cells_are_those_of_the_target(scheme: str, response: str) -> None:
+    """Mean and variance of what is read, beside the closed forms that hold for chips."""
+    rng = np.random.default_rng(3)
+    formed = {"unformed": {"share": 1, "mean": 0.5e-6}, "over_formed": {"share": 2, "mean": 3e-4, "spread": 1e-4}}
+    target = Target.load(
+        "paper", {"cell.levels": 4, "slices": 2, "failed_cells": {"response": response, "low": 20e-6, **formed}}
+    )
+    faults = FaultModel.of_target(0.1, target)
+    defects = Defects(faults=faults, target=target, mapping=scheme, scale="tensor")
+    stuck = StuckWeights(defects, layer_of(8, 50))
+    tensor = rng.uniform(-1, 1, (50, 8)).astype(np.float32)
+    tensor[0, 0] = 1
+    gain = defects.coding.gain(np.ones(1))
+    cells = defects.coding.encode(tensor.reshape(1, -1), gain)
+    held = defects.coding.decode(cells, gain)[0]
+    errors, draws = np.zeros((2, 400)), 800
+    for _ in range(draws):
+        index, value = stuck.draw(tensor, rng)
+        error = value - held[index]
+        errors[:, index] += np.array([error, error**2]) / draws
+    cell = StuckCell.of(target, defects.coding, faults.probabilities)
+    variance = cell.variance_of(defects.coding, cells, gain[:, None])[0]
+    mean = gain[0] * cell.shift(defects.coding) - cell.loss * held
+    assert errors[0].sum() == pytest.approx(mean.sum(), abs=5 * np.sqrt(variance.sum() / draws))
+    assert errors[1].sum() == pytest.approx((variance + mean**2).sum(), rel=0.05)

@@ -1,0 +1,258 @@
+r"""Measure what every universal option of 'rerampile compile' brings under stuck cells, and write a page about it.
+
+Options that depend on the failure rate are chosen for each rate; the same chips are run on all deployments. A chip's
+drop is counted from what the user's model has without faults on the images that this chip saw, so that options which
+change the fault-free model are not flattered. Finished chips are kept, so that an interrupted measurement goes on where
+it was.
+
+Example:
+    python docs/results/options.py models/resnet18_cifar10.onnx --data cifar10:DIR \
+        --name resnet18-options --title "Options of compile, ResNet18 on CIFAR-10"
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from tables import HERE, accuracy, command, shown_model, table
+
+from rerampile import compile_model
+from rerampile.runtime.data import open_dataset, training_split
+from rerampile.runtime.dataset import Dataset
+from rerampile.runtime.faults import FaultModel
+from rerampile.runtime.monte_carlo import Experiment
+from rerampile.runtime.pictures import render
+from rerampile.runtime.session import open_session
+from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
+from rerampile.runtime.validation import MetricReport, validate
+
+DROP = 1.0
+"""Points at which failure rates are compared."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to compile."""
+
+    mapping: str
+    scale: Literal["tensor", "channel"]
+    clip: bool = False
+    correct: bool = False
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        flags = [flag for flag, used in (("--clip", self.clip), ("--correct", self.correct)) if used]
+        return " ".join([self.mapping, self.scale, *flags])
+
+    @property
+    def any_rate(self) -> bool:
+        """Whether the deployment is the same for all failure rates."""
+        return self.mapping not in ("optimal", "auto") and not self.clip and not self.correct
+
+
+OPTIONS = (
+    Option("two_column", "tensor"),
+    Option("differential", "tensor"),
+    Option("optimal", "tensor"),
+    Option("two_column", "channel"),
+    Option("differential", "channel"),
+    Option("optimal", "channel"),
+    Option("auto", "channel"),
+    Option("two_column", "tensor", clip=True, correct=True),
+    Option("optimal", "tensor", clip=True, correct=True),
+    Option("optimal", "channel", clip=True),
+    Option("optimal", "channel", correct=True),
+    Option("optimal", "channel", clip=True, correct=True),
+)
+"""The first is the baseline: the paper's two columns."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What an option came to, by failure rate; it ends where it had lost too much."""
+
+    option: Option
+    found: dict[float, MetricReport]
+
+    def curve(self, clean: dict[float, list[float]]) -> Curve:
+        """Return drops of the chips from the user's model, percent by rate and chip."""
+        drops = [np.subtract(clean[rate], metric.values) for rate, metric in self.found.items()]
+        return Curve(rates=np.array(list(self.found)), drops=np.array(drops))
+
+
+def measure(options: argparse.Namespace) -> list[Line]:
+    """Run the chips of each option, from the lowest rate up to the one at which it has lost too much."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    session = open_session(options.model)
+    spec = options.calibration or training_split(options.data)
+    images = open_dataset(spec, session, default_split="train", generate=options.calibration_images)
+    lines = []
+    for option in OPTIONS:
+        found: dict[float, MetricReport] = {}
+        for rate in sorted(map(float, options.failure_rate.split(","))):
+            found[rate] = run(option, rate, images, options)
+            print(f"{option.name} {rate:g}: {found[rate].mean:.2f}, drop {found[rate].drop:.2f}", flush=True)
+            if found[rate].drop > options.give_up:
+                break
+        lines.append(Line(option, found))
+    return lines
+
+
+def run(option: Option, rate: float, images: Dataset, options: argparse.Namespace) -> MetricReport:
+    """Run the chips of an option at a rate."""
+    name = option.name.replace(" --", "-").replace(" ", "-")
+    journal = options.work / f"{name}-{rate:g}.journal.jsonl"
+    faults = FaultModel.of_rate(rate)
+    folder = options.work / f"{name}.deployment"
+    if not (option.any_rate and folder.exists()):
+        compile_model(
+            options.model,
+            out=folder,
+            mapping=option.mapping,
+            faults=faults,
+            scale=option.scale,
+            clip=option.clip,
+            correct=option.correct,
+            calibration=images if option.clip or option.correct else None,
+            calibration_images=options.calibration_images,
+        )
+    few = options.images_per_run
+    experiment = Experiment(folder=folder, faults=(faults,), data=options.data, images_per_run=few, batch=options.batch)
+    report = validate(experiment, journal, runs=options.runs)
+    return next(iter(report.rates[0].metrics.values()))
+
+
+def clean_values(lines: list[Line], rates: list[float]) -> dict[float, list[float]]:
+    """Return what the user's model has without faults on the images that each chip saw: the same at all rates."""
+    found = next(iter(lines[0].found.values()))
+    values = [value + drop for value, drop in zip(found.values, found.drops, strict=True)]
+    return dict.fromkeys(rates, values)
+
+
+def page(lines: list[Line], options: argparse.Namespace) -> str:
+    """Return the page in Markdown."""
+    rates = sorted(map(float, options.failure_rate.split(",")))
+    clean = clean_values(lines, rates)
+    few = options.images_per_run
+    seen = "all test images" if few is None else f"{few} of the test images a chip, drawn anew for each"
+    first = next(iter(lines[0].found.values()))
+    text = [
+        f"# {options.title}",
+        "",
+        f"Mean accuracy of {options.runs} simulated chips for each failure rate of a cell (stuck off : stuck on = 1 :",
+        "5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all options,",
+        f"{seen}; {first.clean:.2f} % without faults. `optimal`, `auto`, `--clip` and `--correct`",
+        f"are chosen for each rate; the latter two from {options.calibration_images} training images. Nothing is known",
+        f"of a chip. Where an option had lost more than {options.give_up:g} points, higher rates were not run.",
+        "",
+        *([] if options.note is None else [options.note, ""]),
+        f"![drop over failure rate]({options.name}.svg)",
+        "",
+        *table(
+            ["option", *(f"{rate:g}" for rate in rates)],
+            [[f"`{x.option.name}`", *(accuracy(x.found[r]) if r in x.found else "" for r in rates)] for x in lines],
+        ),
+        "",
+        f"## Failure rate tolerated at a drop of {DROP:g} point",
+        "",
+        "The drop is from the user's model without faults on the same images. *Times* is in units of the first line.",
+        "Between two rates the drop is taken as a power of the rate; intervals are of 95 %, by resampling chips.",
+        "",
+        *table(
+            ["option", "tolerated", "interval", "times", "interval"], [tolerated(x, lines[0], clean) for x in lines]
+        ),
+        "",
+        f"Every chip's value is in [{options.name}.json]({options.name}.json).",
+        *command("options.py", repeat(options)),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def tolerated(line: Line, baseline: Line, clean: dict[float, list[float]]) -> list[str]:
+    """Return the row of an option."""
+    curve, reference = line.curve(clean), baseline.curve(clean)
+    cells = [f"`{line.option.name}`", *ends(tolerated_rate(curve, DROP))]
+    return cells + (["1", ""] if line is baseline else ends(rate_ratio(curve, reference, DROP)))
+
+
+def ends(found: Estimate) -> list[str]:
+    """Return an estimate and its interval, with open ends."""
+    low, high = found.range.low, found.range.high
+    if low == high:
+        estimate = f"{low:.2g}"
+    elif math.isinf(high):
+        estimate = f"> {low:.2g}"
+    else:
+        estimate = f"< {high:.2g}" if low == 0 else f"{low:.2g} … {high:.2g}"
+    end = "" if math.isinf(found.interval.high) else f"{found.interval.high:.2g}"
+    return [estimate, f"{found.interval.low:.2g} … {end}"]
+
+
+def picture(lines: list[Line], options: argparse.Namespace) -> Callable[[Any], None]:
+    """Return what draws the drop over failure rate."""
+    clean = clean_values(lines, list(map(float, options.failure_rate.split(","))))
+
+    def draw(axes: Any) -> None:
+        for number, line in enumerate(lines):
+            curve = line.curve(clean)
+            style = {"color": f"C{number % 10}", "ls": "--" if number > 9 else "-"}
+            axes.plot(curve.rates, curve.drops.mean(axis=1), marker="o", ms=3, label=line.option.name, **style)
+        axes.axhline(DROP, color="0.6", lw=0.8)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_xlabel("failure rate of a cell")
+        axes.set_ylabel("mean drop (points)")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=6)
+
+    return draw
+
+
+def repeat(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that repeat a measurement."""
+    words = [shown_model(options.model), "--data", options.shown_data or options.data]
+    if options.calibration is not None:
+        words += ["--calibration", options.shown_calibration or options.calibration]
+    words += ["--name", options.name, "--title", options.title, "--failure-rate", options.failure_rate]
+    words += ["--runs", str(options.runs), "--calibration-images", str(options.calibration_images)]
+    words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
+    return words + ([] if options.note is None else ["--note", options.note])
+
+
+def main() -> None:
+    """Measure, and write the page, its picture and its numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
+    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
+    parser.add_argument("--calibration", help="what --clip and --correct learn from; the data, @train")
+    parser.add_argument("--shown-calibration", help="how the page names that")
+    parser.add_argument("--calibration-images", type=int, default=256)
+    parser.add_argument("--name", required=True, help="of the page")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--note", help="what readers should know of the data")
+    parser.add_argument("--failure-rate", default="0.0005,0.001,0.005,0.01,0.02,0.04")
+    parser.add_argument("--give-up", type=float, default=20.0, help="drop in points above which higher rates are left")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--images-per-run", type=int)
+    parser.add_argument("--batch", type=int, default=32, help="images run at once; of no consequence")
+    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
+    options = parser.parse_args()
+    lines = measure(options)
+    (HERE / f"{options.name}.md").write_text(page(lines, options))
+    svg, _ = render(picture(lines, options))
+    (HERE / f"{options.name}.svg").write_text(svg)
+    numbers = {line.option.name: {f"{rate:g}": found for rate, found in line.found.items()} for line in lines}
+    (HERE / f"{options.name}.json").write_bytes(msgspec.json.encode(numbers) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
