@@ -390,12 +390,12 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             _ranges(sorted(partition.output_indices)),
         )
     for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
-        rows, columns = copy_span(copy, array, deployment.copied_slices)
-        used[rows, columns] = True
+        tall, wide = copy_span(copy, array, deployment.copied_slices)
+        used[tall, wide] = True
         table.add_row(
             f"{printable(plan.layers[home.layer].name)}, copy {copy.number}",
-            f"{rows.start}-{rows.stop - 1}",
-            f"{columns.start}-{columns.stop - 1}",
+            f"{tall.start}-{tall.stop - 1}",
+            f"{wide.start}-{wide.stop - 1}",
             _ranges(copy.input_indices),
             _ranges(copy.output_indices),
         )

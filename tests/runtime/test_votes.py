@@ -144,9 +144,18 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
         ("MatMul", {"mapping": "differential"}),
         ("MatMul", {"mapping": "two_column", "target": target_of("twin")}),
         ("MatMul", {"target": target_of(table=TABLE)}),
-        ("MatMul", {"mapping": "differential", "target": target_of(failed_cells=FailedCells("isolated_pair"))}),
-        ("MatMul", {"mapping": "differential", "target": target_of("twin", failed_cells=FailedCells("isolated_pair"))}),
-        ("MatMul", {"target": target_of(failed_cells=FailedCells("bounded"))}),
+        (
+            "MatMul",
+            {"mapping": "differential", "target": target_of(failed_cells=FailedCells(response="isolated_pair"))},
+        ),
+        (
+            "MatMul",
+            {
+                "mapping": "differential",
+                "target": target_of("twin", failed_cells=FailedCells(response="isolated_pair")),
+            },
+        ),
+        ("MatMul", {"target": target_of(failed_cells=FailedCells(response="bounded"))}),
         ("left MatMul", {}),
         ("Gemm", {"mapping": "balanced"}),
         ("left Gemm", {}),
