@@ -36,7 +36,7 @@ def draw(folder: Path, faults: AskedFaults, seed: int, runs: int, out: Path) -> 
     if len(models) != 1:
         raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment.require_outside(out)
-    refuse_weight_rates(deployment, faults)
+    refuse_weight_rates(deployment, models)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, models[0], deployment.target, seed=seed, run=run) for run in range(runs)]
     with cleaned_up():

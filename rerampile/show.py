@@ -406,8 +406,8 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
         used[rows, columns] = True
         table.add_row(
             f"{printable(plan.layers[home.layer].name)}, copy {copy.number}",
-            f"{rows.start}-{rows.stop - 1}",
-            f"{columns.start}-{columns.stop - 1}",
+            f"{tall.start}-{tall.stop - 1}",
+            f"{wide.start}-{wide.stop - 1}",
             _ranges(copy.input_indices),
             _ranges(copy.output_indices),
         )

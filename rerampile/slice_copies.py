@@ -16,7 +16,7 @@ from rerampile.deployment import Deployment, copy_span, footprint
 from rerampile.errors import PlanFormatError
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, ProtectionPlan, SliceCopy, Vote
 
-__all__ = ["check_copies", "protected_outputs", "protection_of"]
+__all__ = ["check_slice_copies", "protected_outputs", "protection_of"]
 
 Flags = npt.NDArray[np.bool_]
 
@@ -39,7 +39,7 @@ def protection_of(slices: int, vote: Vote, arrays: Sequence[ArrayPlan]) -> Prote
         vote=vote,
         weights=sum(c.input_count * c.output_count for array in first for c in array.slice_copies if c.number == 1),
         weights_with_cells=sum((p.groups[1] - p.groups[0]) * p.input_count * p.output_count for p in held),
-        cells=sum(roles * slices * weights for roles, _, weights in copied),
+        cells=sum(roles * slices * weights for roles, weights in copied),
         arrays_without_protection=sum(bool(array.partitions) for array in arrays),
     )
 
@@ -55,7 +55,7 @@ def protected_outputs(plan: Plan) -> list[Flags]:
     return found
 
 
-def check_copies(deployment: Deployment) -> None:
+def check_slice_copies(deployment: Deployment) -> None:
     """Check that copies take cells that nothing else needs, and that an output has two whole ones or none.
 
     Partitions are taken to be checked already.

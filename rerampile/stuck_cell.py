@@ -122,7 +122,7 @@ class StuckCell:
         p = self.probability
         values = cells if coding.cell_values is None else coding.cell_values[cells]
         if self.pairwise:
-            return self._variance_of_pairs(coding, values, gain)
+            return self._variance_of_pairs(coding, values, gain, counted)
         total: Any = 0.0
         mean: Any = 0.0
         for k, (significance, pair) in enumerate(zip(coding.significances, values, strict=True)):
@@ -137,15 +137,17 @@ class StuckCell:
         variance: Floats = np.asarray(total - np.square(mean), np.float32)
         return variance
 
-    def _variance_of_pairs(self, coding: Coding, values: npt.NDArray[Any], gain: Floats) -> Floats:
+    def _variance_of_pairs(
+        self, coding: Coding, values: npt.NDArray[Any], gain: Floats, counted: Floats | None
+    ) -> Floats:
         """Return the variance of weights whose pairs are cut off as a whole."""
         q = self.loss
         total: Any = 0.0
         weight: Any = 0.0
-        for significance, (plus, minus) in zip(coding.significances, values, strict=True):
+        for k, (significance, (plus, minus)) in enumerate(zip(coding.significances, values, strict=True)):
             difference = gain * np.float32(significance) * np.subtract(plus, minus, dtype=np.float32)
             weight = weight + difference
-            total = total + np.square(difference)
+            total = total + (np.float32(1) if counted is None else counted[k]) * np.square(difference)
         if self.exclusive:
             return np.asarray(np.float32(q) * total - np.square(np.float32(q) * weight), np.float32)
         return np.asarray(np.float32(q * (1 - q)) * total, np.float32)

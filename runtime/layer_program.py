@@ -43,8 +43,13 @@ def require_single_copies(deployment: Deployment) -> None:
     """Refuse a deployment with copies: its cells, one set for all of them, cannot make up for stuck ones of each.
 
     Raises:
-        ConfigError: A layer is held several times.
+        ConfigError: A layer is held several times, or slices of it are.
     """
+    if deployment.plan.protection is not None:
+        raise ConfigError(
+            f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
+            f"--protect-msb"
+        )
     layer = max(deployment.plan.layers, key=lambda layer: layer.copy_count)
     if layer.copy_count > 1:
         raise ConfigError(

@@ -94,6 +94,10 @@ def test_a_mean_is_predicted_and_does_less_harm_than_no_copies(model: Path, tmp_
     [
         (("--protect-msb", 1), "--protect-msb 1: target 'paper' holds a weight in one slice, expected several"),
         ((*TARGET, "--protect-msb", 9), "--protect-msb 9: expected 1 to 8, the slices of target 'isaac'"),
+        (
+            (*TARGET, "--set", "chips=1", "--protect-msb", 1, "--spend-spare-arrays"),
+            "--protect-msb and --spend-spare-arrays: of an averaged layer no single sums are left to vote on",
+        ),
         ((*TARGET, "--vote", "mean"), "--vote: no effect without --protect-msb"),
         ((*TARGET, "--protect-msb", 0), "0 is not in the range x>=1"),
         ((*TARGET, "--protect-msb", 1, "--vote", "mode"), "'mode' is not one of 'median', 'mean'"),

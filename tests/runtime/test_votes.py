@@ -14,10 +14,11 @@ from onnx import numpy_helper
 
 from rerampile import ConfigError, Deployment, FaultRunError, Target, compile_model
 from rerampile.deployment import layer_coding
+from rerampile.failed_cells import FailedCells
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, stuck_ends
 from rerampile.runtime.faults import FaultModel, draw_faults
-from rerampile.runtime.inject import Injector
+from rerampile.runtime.inject import Injector, as_read
 from rerampile.target import Cell, Stuck
 
 Doubles = npt.NDArray[np.float64]
@@ -92,13 +93,14 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
     assert protection is not None
     coding, gain = layer_coding(deployment.target, layer), deployment.gain(layer).astype(np.float64)
     geometry = ChipGeometry.of(deployment)
-    at, row, column = geometry.locate(faults.cell)
+    cell, conductance = as_read(deployment.target, geometry, faults)
+    at, row, column = geometry.locate(cell)
     pictures = []
     for array in plan.arrays:
         codes = deployment.array(array.id)
         values = (codes if coding.cell_values is None else coding.cell_values[codes]).astype(np.float64)
         mine = at == array.id
-        values[row[mine], column[mine]] = coding.worth(faults.conductance[mine])
+        values[row[mine], column[mine]] = coding.worth(conductance[mine])
         pictures.append(values)
     result = np.zeros((len(rows_in), layer.outputs))
     for array in plan.arrays:
@@ -142,6 +144,18 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
         ("MatMul", {"mapping": "differential"}),
         ("MatMul", {"mapping": "two_column", "target": target_of("twin")}),
         ("MatMul", {"target": target_of(table=TABLE)}),
+        (
+            "MatMul",
+            {"mapping": "differential", "target": target_of(failed_cells=FailedCells(response="isolated_pair"))},
+        ),
+        (
+            "MatMul",
+            {
+                "mapping": "differential",
+                "target": target_of("twin", failed_cells=FailedCells(response="isolated_pair")),
+            },
+        ),
+        ("MatMul", {"target": target_of(failed_cells=FailedCells(response="bounded"))}),
         ("left MatMul", {}),
         ("Gemm", {"mapping": "balanced"}),
         ("left Gemm", {}),
