@@ -18,7 +18,7 @@ from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region, plan_checksum
 from rerampile.schemes import Coding, row_chunks
-from rerampile.slice_copies import check_copies
+from rerampile.slice_copies import check_slice_copies
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
@@ -96,7 +96,7 @@ def check_placement(deployment: Deployment) -> None:
         parts[number].append(part)
     for layer, own in zip(plan.layers, parts, strict=True):
         _check_copies(layer, own)
-    check_copies(deployment)
+    check_slice_copies(deployment)
 
 
 # A group of a layer, a rectangle of its matrix, and where the plan has it.

@@ -155,7 +155,8 @@ def compile_model(
         check_protection(resolved, protect_msb)
         if spend_spare_arrays:
             raise ConfigError(
-                "--protect-msb and --spend-spare-arrays: a vote and a mean of copies, expected one of them"
+                "--protect-msb and --spend-spare-arrays: of an averaged layer no single sums are left to vote on, "
+                "expected one of the two"
             )
     if seed < 0:
         raise ConfigError(f"seed {seed}: expected 0 or more")

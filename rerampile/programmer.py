@@ -206,11 +206,6 @@ def program_chip(
     if deployment.plan.chip is not None:
         raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
     require_single_copies(deployment)
-    if deployment.plan.protection is not None:
-        raise ConfigError(
-            f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
-            f"--protect-msb"
-        )
     ordered = check_steps(steps, calibration is not None)
     stuck = placed = Injector(deployment).stuck(source.faults)
     plan, moved = deployment.plan, 0

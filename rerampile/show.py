@@ -402,8 +402,8 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             _ranges(sorted(partition.output_indices)),
         )
     for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
-        rows, columns = copy_span(copy, array, deployment.copied_slices)
-        used[rows, columns] = True
+        tall, wide = copy_span(copy, array, deployment.copied_slices)
+        used[tall, wide] = True
         table.add_row(
             f"{printable(plan.layers[home.layer].name)}, copy {copy.number}",
             f"{tall.start}-{tall.stop - 1}",

@@ -31,9 +31,7 @@ def protection_of(slices: int, vote: Vote, arrays: Sequence[ArrayPlan]) -> Prote
     """
     first = [array for array in arrays if not _is_second_twin(array)]
     held = (p for array in first for p in array.partitions)
-    copied = [
-        (len(array.roles), c.number, c.input_count * c.output_count) for array in arrays for c in array.slice_copies
-    ]
+    copied = ((len(a.roles), c.input_count * c.output_count) for a in arrays for c in a.slice_copies)
     return ProtectionPlan(
         slices=slices,
         vote=vote,
