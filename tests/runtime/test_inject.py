@@ -254,6 +254,20 @@ def test_copies_are_averaged(scheme: str, kind: str, slices: int, layout: str, p
     assert all((np.diff(f.index) > 0).all() for f in found)
 
 
+@pytest.mark.parametrize("response", ["bounded", "isolated_pair"])
+def test_hardware_reads_failed_cells_of_each_copy_by_itself(response: str, tmp_path: Path) -> None:
+    """A pair that is cut off takes its share of the mean along."""
+    failed = FailedCells(response=response, low=5e-6, high=120e-6)
+    target = replace(target_of(CELLS["analog"]), arrays_per_core=60, failed_cells=failed)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    faults = random_faults(deployment)
+
+    found = check_against_simulation(deployment, faults, as_read(deployment, faults))
+
+    assert len(found) == 3
+    assert max(layer.copy_count for layer in deployment.plan.layers) > 2
+
+
 def test_copies_leave_a_chip_without_faults_as_it_is(tmp_path: Path) -> None:
     """To the bit, where each cell is stuck at what it holds; and the first arrays are those without copies."""
     target = replace(target_of(Cell(g_off=1e-6, g_on=100e-6)), arrays_per_core=60)
