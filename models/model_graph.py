@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -26,10 +27,13 @@ class ModelGraph:
         shape: Shape of one input image, without the batch dimension, which is dynamic.
         half: Store float32 arrays of two or more dimensions as float16, each behind a Cast to float32: half the file,
             the same operators. The float16 initializer is called ``NAME_fp16``, the cast tensor ``NAME``.
+        dtype: Type of the input.
     """
 
-    def __init__(self, name: str, input_name: str, shape: Sequence[int], *, half: bool = False) -> None:
-        self.input = gs.Variable(input_name, np.float32, [BATCH, *shape])
+    def __init__(
+        self, name: str, input_name: str, shape: Sequence[int], *, half: bool = False, dtype: npt.DTypeLike = np.float32
+    ) -> None:
+        self.input = gs.Variable(input_name, np.dtype(dtype), [BATCH, *shape])
         self._graph = gs.Graph(inputs=[self.input], name=name, opset=OPSET, ir_version=IR_VERSION)
         self._half = half
 

@@ -20,11 +20,12 @@ import numpy.typing as npt
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
 from rerampile.passes.bins import Bin, Grid, Piece
+from rerampile.passes.protect import protected
 from rerampile.passes.spend import further_copies
-from rerampile.plan import ArrayPlan, CopiesPlan, Partition, Region
+from rerampile.plan import ArrayPlan, CopiesPlan, Partition, Region, span_fields
 from rerampile.schemes import Coding
 from rerampile.target import Target
-from rerampile.totals import arrays_spent
+from rerampile.totals import arrays_needed, arrays_spent
 from rerampile.unit import MappedLayer, Unit
 
 __all__ = ["Allocate"]
@@ -40,7 +41,7 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, unit: Unit) -> Unit:
-        """Fill ``arrays``, ``regions``, ``copies`` and the counts without pruning and packing.
+        """Fill ``arrays``, ``regions``, ``copies``, the counts without pruning and packing, and ``protection``.
 
         Further copies come behind the arrays that there are without them.
 
@@ -49,6 +50,7 @@ class Allocate:
         """
         own: list[list[Bin]] = []
         regions: list[Region] = []
+        freed: list[int] = []
         dense = 0
         for number, layer in enumerate(unit.layers):
             mapped = unit.mapped[layer.name]
@@ -56,6 +58,7 @@ class Allocate:
             pieces, empty = _cut(grid, number, layer, mapped)
             own.append(list(_stack(grid, pieces)))
             regions.extend(empty)
+            freed.append(max(0, grid.dense_count(layer) - len(own[-1])))
             dense += grid.dense_count(layer) * len(grid.roles)
         bins = list(chain.from_iterable(own))
         before_packing = _count(bins)
@@ -64,7 +67,7 @@ class Allocate:
             bins = [packed for grid in grids for packed in _pack(grid, [b for b in bins if b.grid == grid])]
         _check_capacity(unit.target, _count(bins), unit.options.pack)
         copies, further = _spent(unit, own, _count(bins))
-        return replace(
+        placed = replace(
             unit,
             arrays=tuple(_place(unit.target, [*bins, *further])),
             regions=tuple(regions),
@@ -72,15 +75,20 @@ class Allocate:
             arrays_without_pruning=dense,
             arrays_before_packing=before_packing,
         )
+        return protected(placed, freed) if unit.options.protect_msb else placed
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
-        """Return the number of arrays and what leaving out zeros saved."""
-        spent = arrays_spent(unit.arrays)
-        return {
+        """Return the number of arrays, what leaving out zeros saved, and what copies took."""
+        summary = {
             "arrays": len(unit.arrays),
             "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
-            "saved by packing": unit.arrays_before_packing - (len(unit.arrays) - spent),
-        } | ({"spent on copies": spent} if unit.copies else {})
+            "saved by packing": unit.arrays_before_packing - arrays_needed(unit.arrays),
+        }
+        if unit.copies:
+            summary["spent on copies"] = arrays_spent(unit.arrays)
+        if unit.protection is not None:
+            summary["weights with copies"] = unit.protection.weights
+        return summary
 
 
 def partition_size(target: Target, coding: Coding) -> tuple[int, int]:
@@ -146,7 +154,7 @@ def _merge_whole_groups(grid: Grid, layer: Layer, number: int, pieces: list[Piec
 
 
 def _piece(number: int, group: int, rows: Indices, columns: Indices) -> Piece:
-    spans = {**_span("input", rows), **_span("output", columns)}
+    spans = {**span_fields("input", rows), **span_fields("output", columns)}
     partition = Partition(layer=number, row=0, column=0, groups=(group, group + 1), **spans)
     return Piece(partition, len(rows), len(columns), group)
 
@@ -154,16 +162,8 @@ def _piece(number: int, group: int, rows: Indices, columns: Indices) -> Piece:
 def _empty_region(number: int, group: int, outputs: Flags, inputs: Flags) -> list[Region]:
     if not outputs.any() or not inputs.any():
         return []
-    spans = {**_span("input", np.flatnonzero(inputs)), **_span("output", np.flatnonzero(outputs))}
+    spans = {**span_fields("input", np.flatnonzero(inputs)), **span_fields("output", np.flatnonzero(outputs))}
     return [Region(layer=number, group=group, reason="zero", **spans)]
-
-
-def _span(axis: str, indices: Indices) -> dict[str, Any]:
-    """Return sorted indices as a range where they are one, else as a list, under the plan's field names."""
-    first, last = int(indices[0]), int(indices[-1]) + 1
-    if last - first == len(indices):
-        return {f"{axis}s": (first, last)}
-    return {f"{axis}_index": indices.tolist()}
 
 
 def _rows(grid: Grid, mapped: MappedLayer, inputs: Indices) -> Iterator[Indices]:

@@ -18,6 +18,7 @@ from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region, plan_checksum
 from rerampile.schemes import Coding, row_chunks
+from rerampile.slice_copies import check_slice_copies
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
@@ -68,7 +69,7 @@ def check_placement(deployment: Deployment) -> None:
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
         where = f"$.arrays[{number}]"
-        if array.id != number or not array.partitions:
+        if array.id != number or not (array.partitions or array.slice_copies):
             raise PlanFormatError(
                 f"{where}: id {array.id} with {len(array.partitions)} partitions, expected id {number}"
             )
@@ -95,6 +96,7 @@ def check_placement(deployment: Deployment) -> None:
         parts[number].append(part)
     for layer, own in zip(plan.layers, parts, strict=True):
         _check_copies(layer, own)
+    check_slice_copies(deployment)
 
 
 # A group of a layer, a rectangle of its matrix, and where the plan has it.
@@ -246,11 +248,14 @@ def _check_roles(deployment: Deployment, array: ArrayPlan, where: str) -> None:
         twin = deployment.plan.arrays[array.twin]
         if (
             twin.partitions != array.partitions
+            or twin.slice_copies != array.slice_copies
             or twin.twin != array.id
             or [len(array.roles), len(twin.roles)] != [1, 1]
         ):
             raise PlanFormatError(f"{where}: differs from its twin, array {array.twin}")
         roles = sorted([*array.roles, *twin.roles], reverse=True)
+    if not layers:  # copies alone, which have the roles and slices of their partitions' arrays
+        return
     whole = slices == {len(array.slices)} and sorted(array.slices) == list(range(len(array.slices)))
     if cells != {len(roles)} or roles != ["plus", "minus"][: len(roles)] or not whole:
         raise PlanFormatError(
@@ -263,7 +268,7 @@ def _check_array(deployment: Deployment, array: ArrayPlan, where: str) -> None:
     spans = [footprint(partition, width) for partition in array.partitions]
     for axis, size, what in ((0, deployment.target.rows, "row"), (1, deployment.target.columns, "column")):
         ordered = sorted((span[axis].start, span[axis].stop) for span in spans)
-        if ordered[0][0] < 0 or ordered[-1][1] > size:
+        if ordered and (ordered[0][0] < 0 or ordered[-1][1] > size):
             raise PlanFormatError(f"{where}: partitions reach {what} {ordered[-1][1]}, expected at most {size}")
         if any(before[1] > after[0] for before, after in itertools.pairwise(ordered)):
             raise PlanFormatError(f"{where}: two partitions share a {what}")

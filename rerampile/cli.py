@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rerampile.deployment import Deployment
+    from rerampile.plan import Vote
     from rerampile.pruning import PrunedModel
     from rerampile.schemes import Scale
 
@@ -173,6 +174,7 @@ def main() -> None:
         "rerampile compile model.onnx --target neurram --set cell.levels=16",
         "rerampile compile model.onnx --mapping auto --failure-rate 0.005",
         "rerampile compile m.onnx --clip --correct --calibration npz:F",
+        "rerampile compile model-pruned --target isaac --protect-msb 2",
     ),
 )
 @click.argument("model", type=PATH)
@@ -220,6 +222,19 @@ def main() -> None:
     is_flag=True,
     help="Put further copies of the layers that stuck cells hurt most on arrays left over, and average all copies.",
 )
+@click.option(
+    "--protect-msb",
+    metavar="T",
+    type=click.IntRange(min=1),
+    help="Put two copies of the T most significant slices of weights into cells that pruning freed.",
+)
+@click.option(
+    "--vote",
+    type=click.Choice(["median", "mean"]),
+    default="median",
+    show_default=True,
+    help="What counts of the three sums of such a slice.",
+)
 @click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
 @click.option(
     "--tolerance",
@@ -252,6 +267,8 @@ def compile_(
     masks: Path | None,
     pack: bool,
     spend_spare_arrays: bool,
+    protect_msb: int | None,
+    vote: Vote,
     inputs: Path | None,
     tolerance: float | None,
     seed: int,
@@ -274,6 +291,8 @@ def compile_(
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
+    if protect_msb is None:
+        refuse_given(ctx, ("vote",), "no effect without --protect-msb")
     out = out or Path(f"{model.stem}.deployment")
     resolved = Target.load(target, settings)
     weighed = (mapping or resolved.mapping) in _WEIGHED
@@ -300,6 +319,8 @@ def compile_(
             masks=masks,
             pack=pack,
             spend_spare_arrays=spend_spare_arrays,
+            protect_msb=protect_msb or 0,
+            vote=vote,
             inputs=inputs,
             tolerance=tolerance,
             seed=seed,

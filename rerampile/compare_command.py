@@ -91,8 +91,7 @@ def compare(
 
     SOURCES are deployment folders, or one model with --mappings. The first is the reference: how many times its
     failure rate do the others tolerate? --clip and --correct learn from --calibration, or the data's training images.
-    Finished chips are kept in the report's folder: interrupted, the same command
-    goes on.
+    Finished chips are kept in the report's folder: interrupted, the same command goes on.
     """
     import msgspec
 

@@ -25,7 +25,8 @@ from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
 from rerampile.passes import PASSES as _COMPILE_PASSES
-from rerampile.plan import read_plan
+from rerampile.passes.protect import check_protection
+from rerampile.plan import Vote, read_plan
 from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
 from rerampile.schemes import WEIGHED, MappingName, Scale, known_mapping, known_scale
@@ -66,6 +67,8 @@ def compile_model(
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
     spend_spare_arrays: bool = False,
+    protect_msb: int = 0,
+    vote: Vote = "median",
     inputs: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -95,6 +98,8 @@ def compile_model(
         pack: Whether small partitions share arrays.
         spend_spare_arrays: Whether arrays of the target that are left over get further copies of the layers that stuck
             cells hurt most. Copies are averaged.
+        protect_msb: How many of the most significant slices are to have two copies in cells that pruning freed.
+        vote: What counts of the three sums of such a slice: their ``median``, or their ``mean``.
         inputs: Inputs of the verification (.npz); generated where None.
         tolerance: Largest relative output error, or None for the default of the model's arithmetic.
         seed: Seed of generated inputs.
@@ -126,6 +131,8 @@ def compile_model(
         masks=None if masks is None else Path(masks),
         pack=pack,
         spend_spare_arrays=spend_spare_arrays,
+        protect_msb=protect_msb,
+        vote=_known_vote(vote),
         seed=seed,
         inputs=None if inputs is None else Path(inputs),
         tolerance=tolerance,
@@ -144,6 +151,13 @@ def compile_model(
         raise ConfigError("the model is pruned already, expected neither masks nor pruning ratios")
     if options.masks is not None and options.prune:
         raise ConfigError("both masks and pruning ratios were given, expected one of the two")
+    if protect_msb:
+        check_protection(resolved, protect_msb)
+        if spend_spare_arrays:
+            raise ConfigError(
+                "--protect-msb and --spend-spare-arrays: of an averaged layer no single sums are left to vote on, "
+                "expected one of the two"
+            )
     if seed < 0:
         raise ConfigError(f"seed {seed}: expected 0 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN is refused too: everything would pass
@@ -413,6 +427,14 @@ def _weighing(
         "categories": faults.categories,
         "current_weight": float(current_weight),
     }
+
+
+def _known_vote(vote: str) -> Vote:
+    if vote == "median":
+        return "median"
+    if vote == "mean":
+        return "mean"
+    raise ConfigError(f"vote '{vote}': expected median or mean")
 
 
 def _ratios(prune: float | Mapping[str, float] | None) -> dict[str, float]:

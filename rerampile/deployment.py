@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from rerampile.errors import ConfigError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, read_plan
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, SliceCopy, read_plan
 from rerampile.schemes import Coding
 from rerampile.segments import Segments
 from rerampile.target import Target
 from rerampile.tensor_file import TensorFile
 
-__all__ = ["Deployment", "layer_coding", "layer_segments", "load_deployment"]
+__all__ = ["Deployment", "copy_span", "layer_coding", "layer_segments", "load_deployment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ class Deployment:
         belong to the same layer they hold a zero weight: that row is driven while that column is read.
         """
         array = self.array_plan(array_id)
-        codings = {p.layer: layer_coding(self.target, self.plan.layers[p.layer]) for p in array.partitions}
-        coding = codings[array.partitions[0].layer]  # cells of all layers are stored alike
+        codings = {number: layer_coding(self.target, self.plan.layers[number]) for number in self.layers_on(array)}
+        coding = next(iter(codings.values()))  # cells of all layers are stored alike
         spare = coding.dtype.type(coding.low if coding.levels is None else 0)
         picture = np.full((self.target.rows, self.target.columns), spare, coding.dtype)
         zeros = {
@@ -133,7 +133,14 @@ class Deployment:
                     picture[np.ix_(rows, others)] = np.tile(zero, len(others) // len(zero))
         for partition in array.partitions:
             self._program(picture, array, partition)
+        for copy in array.slice_copies:
+            self._copy(picture, array, copy)
         return picture
+
+    def layers_on(self, array: ArrayPlan) -> list[int]:
+        """Return the positions of the layers that have weights or copies on an array, in the order of their places."""
+        homes = (self.plan.arrays[copy.array].partitions[copy.partition] for copy in array.slice_copies)
+        return list(dict.fromkeys(p.layer for p in (*array.partitions, *homes)))
 
     def require_outside(self, path: Path) -> None:
         """Refuse to write a file into the deployment folder, over one of its own or beside them.
@@ -160,6 +167,23 @@ class Deployment:
                 swapped = np.ix_(slices, 1 - roles, outputs[flips], np.array(partition.input_indices))
                 block[:, :, flips] = cells[swapped]
             picture[np.ix_(rows, columns)] = block.transpose(3, 2, 0, 1).reshape(len(rows), -1)
+
+    def _copy(self, picture: npt.NDArray[Any], array: ArrayPlan, copy: SliceCopy) -> None:
+        """Write the cells of one copy into the picture of its array: those of the most significant slices again."""
+        home = self.plan.arrays[copy.array].partitions[copy.partition]
+        layer, slices = self.plan.layers[home.layer], self.copied_slices
+        roles = np.array([_cell(role) for role in array.roles])
+        outputs = np.array(copy.output_indices) + home.groups[0] * layer.outputs
+        block = self.cells(layer)[
+            np.ix_(np.array(array.slices)[-slices:], roles, outputs, np.array(copy.input_indices))
+        ]
+        rows, columns = copy_span(copy, array, slices)
+        picture[rows, columns] = block.transpose(3, 2, 0, 1).reshape(rows.stop - rows.start, -1)
+
+    @property
+    def copied_slices(self) -> int:
+        """How many slices of a weight have copies, the most significant ones."""
+        return 0 if self.plan.protection is None else self.plan.protection.slices
 
 
 def lines(partition: Partition, width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -207,6 +231,12 @@ def footprint(partition: Partition, width: int) -> tuple[slice, slice]:
         breadth = partition.output_slots[-1] + 1
     row, column = partition.row, partition.column
     return slice(row, row + height), slice(column, column + breadth * width)
+
+
+def copy_span(copy: SliceCopy, array: ArrayPlan, slices: int) -> tuple[slice, slice]:
+    """Return the rows and the columns of a copy of so many slices on its array."""
+    width = copy.output_count * slices * len(array.roles)
+    return slice(copy.row, copy.row + copy.input_count), slice(copy.column, copy.column + width)
 
 
 def _cell(role: str) -> int:

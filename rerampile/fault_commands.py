@@ -27,6 +27,7 @@ def fault_maps() -> None:
 def draw(folder: Path, faults: AskedFaults, seed: int, runs: int, out: Path) -> None:
     """Draw the stuck cells of chips of a deployment, as 'validate' would, and write them to a file."""
     from rerampile.deployment import load_deployment
+    from rerampile.runtime.copy_places import refuse_weight_rates
     from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
     from rerampile.runtime.faults import draw_faults
 
@@ -35,6 +36,7 @@ def draw(folder: Path, faults: AskedFaults, seed: int, runs: int, out: Path) -> 
     if len(models) != 1:
         raise click.UsageError("--failure-rate: expected one rate to draw chips at")
     deployment.require_outside(out)
+    refuse_weight_rates(deployment, models)
     geometry = ChipGeometry.of(deployment)
     chips = [draw_faults(geometry, models[0], deployment.target, seed=seed, run=run) for run in range(runs)]
     with cleaned_up():

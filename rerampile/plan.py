@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
 from rerampile.errors import PlanFormatError
@@ -41,16 +43,20 @@ __all__ = [
     "Partition",
     "Plan",
     "Producer",
+    "ProtectionPlan",
     "Region",
     "SchemeEstimate",
+    "SliceCopy",
     "Totals",
     "Unrepaired",
     "Use",
     "Verification",
+    "Vote",
     "decode_plan",
     "encode_plan",
     "plan_checksum",
     "read_plan",
+    "span_fields",
 ]
 
 FORMAT_VERSION = 1
@@ -60,6 +66,7 @@ _LARGEST_PLAN = 1 << 30
 Count = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Vote = Literal["median", "mean"]
 Range = Annotated[tuple[Count, Count], Meta(description="half-open: [first, one past the last)")]
 
 
@@ -438,6 +445,19 @@ class _Rectangle:
         return list(range(*self.outputs)) if self.outputs is not None else list(self.output_index or ())
 
 
+def span_fields(axis: str, indices: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return ascending indices as a range where they are one, else as a list, under the fields of a rectangle.
+
+    Args:
+        axis: ``input`` or ``output``.
+        indices: int64, at least one.
+    """
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    if last - first == len(indices):
+        return {f"{axis}s": (first, last)}
+    return {f"{axis}_index": indices.tolist()}
+
+
 class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """The piece of a layer's matrices that sits on one array.
 
@@ -490,6 +510,34 @@ class Partition(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=Tr
         return list(range(self.output_count)) if self.output_slots is None else self.output_slots
 
 
+class SliceCopy(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
+    """Copies of the most significant slices of some weights of a partition, on cells that hold nothing else.
+
+    They are read with no other rows than theirs driven, so that what lies beside them does not count.
+
+    Attributes:
+        array: The array of the partition; of twins the one with the lower id.
+        partition: Position of the partition in the array's ``partitions``.
+        number: 1 or 2: which copy it is.
+        row: First row on the array where the copy is.
+        column: First column there.
+        inputs: Range of inputs, in row order.
+        outputs: Range of outputs, in column order.
+        input_index: The inputs, ascending, where they are no range.
+        output_index: The outputs, ascending, where they are no range.
+    """
+
+    array: Count
+    partition: Count
+    number: Literal[1, 2]
+    row: Count
+    column: Count
+    inputs: Range | None = None
+    outputs: Range | None = None
+    input_index: list[Count] | None = None
+    output_index: list[Count] | None = None
+
+
 class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     """One crossbar array. ``roles`` and ``slices`` say which cells of a weight its columns hold.
 
@@ -503,6 +551,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
         slices: Which slices it holds, least significant first.
         partitions: What sits on it.
         twin: The array with the other cells of the same weights; null where it holds both.
+        slice_copies: Copies of most significant slices in cells that no partition needs; left out where there are none.
     """
 
     id: Count
@@ -514,6 +563,7 @@ class ArrayPlan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     slices: list[Count]
     partitions: list[Partition]
     twin: Count | None = None
+    slice_copies: list[SliceCopy] = []
 
 
 class Region(_Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
@@ -570,7 +620,7 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
         arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
-        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``, but for those that are spent.
+        arrays_saved_by_packing: ``arrays_before_packing`` less the arrays that hold weights.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over the cells that sit on arrays.
@@ -596,6 +646,27 @@ class Totals(_Record, kw_only=True, frozen=True):
     mean_pair_conductance: float
     digital_operations: Count
     arrays_spent: Count | msgspec.UnsetType = msgspec.UNSET
+
+
+class ProtectionPlan(_Record, kw_only=True, frozen=True):
+    """What copies of most significant slices, and votes on what they are read as, protect.
+
+    Attributes:
+        slices: How many slices of a weight are copied twice, the most significant ones.
+        vote: How three sums become one: their ``median``, or their ``mean``.
+        weights: Weights that have copies.
+        weights_with_cells: Weights that have cells at all.
+        cells: Cells that hold copies.
+        arrays_without_protection: Arrays that hold weights; the other ones of ``totals.arrays`` hold copies alone, in
+            the place of arrays that pruning freed.
+    """
+
+    slices: Annotated[int, Meta(ge=1)]
+    vote: Vote
+    weights: Count
+    weights_with_cells: Count
+    cells: Count
+    arrays_without_protection: Count
 
 
 class OutputError(_Record, kw_only=True, frozen=True):
@@ -783,6 +854,7 @@ class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):
         arrays: The arrays, in address order.
         chip: What was done for one chip with known stuck cells, by ``rerampile program``; absent from what compile
             writes.
+        protection: What copies of most significant slices protect; absent where none were asked for.
     """
 
     format: Literal["rerampile-plan"]
@@ -801,6 +873,7 @@ class Plan(_Record, kw_only=True, frozen=True, omit_defaults=True):
     skipped: list[Region]
     arrays: list[ArrayPlan]
     chip: ChipPlan | None = None
+    protection: ProtectionPlan | None = None
 
 
 def encode_plan(plan: Plan) -> bytes:

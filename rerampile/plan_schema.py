@@ -22,7 +22,7 @@ def plan_schema() -> Definition:
     definitions = described_records([Plan, Target])
     for name in ("Target", "Cell", "Stuck", "FailedCells", "Category"):
         _as_written(definitions[name])
-    for name in ("Partition", "Region"):
+    for name in ("Partition", "SliceCopy", "Region"):
         definitions[name]["allOf"] = _EITHER_RANGE_OR_INDEX
     plan = definitions.pop("Plan")
     plan["properties"]["target"] |= {"$ref": "#/$defs/Target"}

@@ -83,6 +83,7 @@ def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
         verification=None,
         skipped=list(unit.regions),
         arrays=list(unit.arrays),
+        protection=unit.protection,
     )
 
 
@@ -96,6 +97,8 @@ def _options(unit: Unit) -> dict[str, Any]:
         options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
     if not unit.options.spend_spare_arrays:
         options.pop("spend_spare_arrays")
+    if not unit.options.protect_msb:
+        options = {key: value for key, value in options.items() if key not in ("protect_msb", "vote")}
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
 
 

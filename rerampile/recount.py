@@ -20,6 +20,7 @@ from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
 from rerampile.plan import Conventions, CopiesPlan
 from rerampile.schemes import row_chunks
+from rerampile.slice_copies import protection_of
 from rerampile.totals import totals_of, weights_without_cells
 
 __all__ = ["check_counts", "check_nodes", "check_sums"]
@@ -45,6 +46,9 @@ def check_sums(deployment: Deployment) -> None:
         arrays_before_packing=plan.totals.arrays_before_packing,
     )
     _compare(deployment, "$.totals", plan.totals, totals)
+    if plan.protection is not None:
+        found = protection_of(plan.protection.slices, plan.protection.vote, plan.arrays)
+        _compare(deployment, "$.protection", plan.protection, found)
 
 
 def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: npt.NDArray[np.bool_] | None) -> None:

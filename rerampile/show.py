@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rerampile.cell_picture import cell_picture
-from rerampile.deployment import Deployment, layer_coding, partition_blocks
+from rerampile.deployment import Deployment, copy_span, layer_coding, partition_blocks
+from rerampile.failed_cells import FailedCells
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, Verification
+from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, ProtectionPlan, Verification
 from rerampile.show_mapping import clip_words, copies_words
 from rerampile.show_program import show_chip
 from rerampile.target import Target
@@ -195,10 +196,16 @@ def _arrays_by_layer(plan: Plan) -> list[list[int]]:
     """Return the ids of the arrays that each layer uses."""
     found: list[list[int]] = [[] for _ in plan.layers]
     for array in plan.arrays:
-        for layer in sorted({partition.layer for partition in array.partitions}):
+        for layer in sorted({partition.layer for partition in (*array.partitions, *_homes(plan, array))}):
             if layer < len(found):
                 found[layer].append(array.id)
     return found
+
+
+def _homes(plan: Plan, array: ArrayPlan) -> Iterator[Partition]:
+    """Yield the partition that each copy on an array is of."""
+    for copy in array.slice_copies:
+        yield plan.arrays[copy.array].partitions[copy.partition]
 
 
 def show_plan(out: Console, plan: Plan, target: Target, verbose: bool) -> None:
@@ -248,6 +255,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         names = _shortened([f"'{printable(name)}'" for name in plan.model.fixed_inputs])
         yield "inputs", f"{names}: the default values are in cells and biases, others have no effect there"
     yield "target", f"{printable(target.name)}: arrays of {grid}"
+    if target.failed_cells != FailedCells():
+        yield "failed cells", _failed_words(target)
     yield (
         "mapping",
         f"{schemes}, one scale a {scales}; a pair conducts {siemens_text(totals.mean_pair_conductance)} on average",
@@ -263,6 +272,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         saved = f"by pruning {totals.arrays_saved_by_pruning:,}, by packing {totals.arrays_saved_by_packing:,}"
         without = _number(totals.weights_without_cells, "weight")
         yield "saved", f"{saved} of {_number(totals.arrays_without_pruning, 'array')}; {without} without cells"
+    if plan.protection is not None:
+        yield "protected", _protection(plan, plan.protection)
     if plan.verification is not None:
         found = plan.verification
         share = f"{found.max_weight_error_of_bound:.0%} of what the cells allow"
@@ -271,6 +282,23 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         if found.outputs_unquantised:
             unquantised = max(output.relative_error for output in found.outputs_unquantised)
             yield "", f"off by {unquantised:.2g} from those of the weights before they were rounded to levels"
+
+
+def _protection(plan: Plan, found: ProtectionPlan) -> str:
+    """Return what copies protect, and that they took no array, in words."""
+    share = f"{found.weights:,} of {_number(found.weights_with_cells, 'weight')}"
+    more = plan.totals.arrays - found.arrays_without_protection
+    where = "on arrays that hold weights" if not more else f"there and on {more:,} of the arrays that pruning freed"
+    return f"{share}: two copies of {_number(found.slices, 'slice')} each, {where}; the {found.vote} of three counts"
+
+
+def _failed_words(target: Target) -> str:
+    """Return how the hardware treats failed cells, and how many of them are of which kind."""
+    failed, limits = target.failed_cells, target.failed_limits
+    between = f", {' to '.join(siemens_text(limit) for limit in limits)}" if failed.response == "bounded" else ""
+    total = sum(category.share for category in failed.categories.values())
+    kinds = [f"{c.share / total:.0%} {name.replace('_', '-')}" for name, c in failed.categories.items()]
+    return f"{failed.response.replace('_', ' ')}{between}{'; ' if kinds else ''}{', '.join(kinds)}"
 
 
 def _outputs(found: Verification) -> str:
@@ -307,9 +335,17 @@ def _arrays(plan: Plan) -> Table:
     table = new_table(("array", "right"), ("chip.tile.core.array", "left"), ("cells", "left"), ("holds", "left"))
     for array in plan.arrays:
         address = f"{array.chip}.{array.tile}.{array.core}.{array.array}"
-        held = "\n".join(_held(plan, partition) for partition in array.partitions)
+        copies = (f"copies: {_held(plan, each)}" for each in _copied(plan, array))
+        held = "\n".join((*(_held(plan, partition) for partition in array.partitions), *copies))
         table.add_row(str(array.id), address, _roles(array), held)
     return table
+
+
+def _copied(plan: Plan, array: ArrayPlan) -> Iterator[Partition]:
+    """Yield what each copy on an array is of, as a partition at the copy's place."""
+    for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
+        spans = {name: getattr(copy, name) for name in ("inputs", "outputs", "input_index", "output_index")}
+        yield msgspec.structs.replace(home, row=copy.row, column=copy.column, **spans)
 
 
 def _roles(array: ArrayPlan) -> str:
@@ -365,7 +401,17 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
             _ranges(sorted(partition.input_indices)),
             _ranges(sorted(partition.output_indices)),
         )
-    siemens = layer_coding(target, plan.layers[array.partitions[0].layer]).conductance(cells)
+    for copy, home in zip(array.slice_copies, _homes(plan, array), strict=True):
+        tall, wide = copy_span(copy, array, deployment.copied_slices)
+        used[tall, wide] = True
+        table.add_row(
+            f"{printable(plan.layers[home.layer].name)}, copy {copy.number}",
+            f"{tall.start}-{tall.stop - 1}",
+            f"{wide.start}-{wide.stop - 1}",
+            _ranges(copy.input_indices),
+            _ranges(copy.output_indices),
+        )
+    siemens = layer_coding(target, plan.layers[deployment.layers_on(array)[0]]).conductance(cells)
     extremes = f"{siemens_text(siemens[used].min())} to {siemens_text(siemens[used].max())}"
     if not target.analog:
         extremes = f"levels {cells[used].min()} to {cells[used].max()}, {extremes}"

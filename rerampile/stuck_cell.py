@@ -107,40 +107,47 @@ class StuckCell:
             return 0.0
         return self.probability * (self.mean * sum(coding.significances) - coding.reference)
 
-    def variance_of(self, coding: Coding, cells: npt.NDArray[Any], gain: Floats) -> Floats:
+    def variance_of(
+        self, coding: Coding, cells: npt.NDArray[Any], gain: Floats, counted: Floats | None = None
+    ) -> Floats:
         """Return the variance of weights, float32 [rows, inputs].
 
         Args:
             coding: Their coding.
             cells: Their cells, as stored, [slices, cells, rows, inputs].
             gain: Weight units a unit of difference, [rows, 1].
+            counted: What the variances of the cells of each slice and row count, [slices, rows, 1]: a third for the
+                mean of three; 1 where None.
         """
         p = self.probability
         values = cells if coding.cell_values is None else coding.cell_values[cells]
         if self.pairwise:
-            return self._variance_of_pairs(coding, values, gain)
+            return self._variance_of_pairs(coding, values, gain, counted)
         total: Any = 0.0
         mean: Any = 0.0
-        for significance, pair in zip(coding.significances, values, strict=True):
+        for k, (significance, pair) in enumerate(zip(coding.significances, values, strict=True)):
+            share = np.float32(1) if counted is None else counted[k]
             for sign, value in zip((1.0, -1.0), pair, strict=False):
                 factor = gain * np.float32(sign * significance)
                 error = factor * (np.float32(self.mean) - value)
                 if self.exclusive:
                     mean = mean + np.float32(p) * error
-                total = total + np.float32(p if self.exclusive else p * (1 - p)) * np.square(error)
-                total = total + np.square(factor) * np.float32(p) * np.float32(self.variance)
+                total = total + share * np.float32(p if self.exclusive else p * (1 - p)) * np.square(error)
+                total = total + share * np.square(factor) * np.float32(p) * np.float32(self.variance)
         variance: Floats = np.asarray(total - np.square(mean), np.float32)
         return variance
 
-    def _variance_of_pairs(self, coding: Coding, values: npt.NDArray[Any], gain: Floats) -> Floats:
+    def _variance_of_pairs(
+        self, coding: Coding, values: npt.NDArray[Any], gain: Floats, counted: Floats | None
+    ) -> Floats:
         """Return the variance of weights whose pairs are cut off as a whole."""
         q = self.loss
         total: Any = 0.0
         weight: Any = 0.0
-        for significance, (plus, minus) in zip(coding.significances, values, strict=True):
+        for k, (significance, (plus, minus)) in enumerate(zip(coding.significances, values, strict=True)):
             difference = gain * np.float32(significance) * np.subtract(plus, minus, dtype=np.float32)
             weight = weight + difference
-            total = total + np.square(difference)
+            total = total + (np.float32(1) if counted is None else counted[k]) * np.square(difference)
         if self.exclusive:
             return np.asarray(np.float32(q) * total - np.square(np.float32(q) * weight), np.float32)
         return np.asarray(np.float32(q * (1 - q)) * total, np.float32)

@@ -14,7 +14,17 @@ import numpy.typing as npt
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, ClipPlan, CopiesPlan, CorrectionPlan, MappingChoice, Plan, Region
+from rerampile.plan import (
+    ArrayPlan,
+    ClipPlan,
+    CopiesPlan,
+    CorrectionPlan,
+    MappingChoice,
+    Plan,
+    ProtectionPlan,
+    Region,
+    Vote,
+)
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName, Scale
 from rerampile.segments import Segments
@@ -42,6 +52,8 @@ class CompileOptions:
         masks: A masks file, or None.
         pack: Whether small partitions of different layers share arrays.
         spend_spare_arrays: Whether arrays that are left over get further copies of layers, to be averaged.
+        protect_msb: How many of the most significant slices are to have copies.
+        vote: How three readings of them become one.
         seed: Seed of the generated inputs of the verification.
         inputs: An .npz file of inputs for the verification, or None to generate them.
         tolerance: Largest relative output error of the deployed model, or None for the default.
@@ -62,6 +74,8 @@ class CompileOptions:
     masks: Path | None = None
     pack: bool = False
     spend_spare_arrays: bool = False
+    protect_msb: int = 0
+    vote: Vote = "median"
     seed: int = 0
     inputs: Path | None = None
     tolerance: float | None = None
@@ -176,6 +190,7 @@ class Unit:
         copies: By layer name where spare arrays are spent, filled by *allocate*.
         arrays_without_pruning: Filled by *allocate*.
         arrays_before_packing: Filled by *allocate*.
+        protection: What copies protect, where they were asked for; filled by *allocate*.
         hashes: sha256 of each file of the folder, done once it is whole and on the disk; filled by *emit*.
         plan: Filled by *emit*, completed by *verify*.
     """
@@ -196,6 +211,7 @@ class Unit:
     copies: Mapping[str, CopiesPlan] = field(default_factory=dict)
     arrays_without_pruning: int = 0
     arrays_before_packing: int = 0
+    protection: ProtectionPlan | None = None
     hashes: Mapping[str, Future[str]] = field(default_factory=dict)
     plan: Plan | None = None
 

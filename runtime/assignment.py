@@ -25,7 +25,8 @@ from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.plan import ArrayPlan, Partition, Plan
 from rerampile.runtime.compensation import HitWeights
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
-from rerampile.runtime.inject import StuckCells, as_read, column_parts
+from rerampile.runtime.inject import as_read, column_parts
+from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding, row_chunks
 from rerampile.segments import Segments
 
@@ -184,6 +185,7 @@ class _Sites:
             input_segment=none,
             conductance=np.concatenate(conductance),
             cell=none,
+            number=none,
         )
         hit = HitWeights.of(coding, stuck_cells)
         row, slot = np.divmod(hit.index, room.slots)

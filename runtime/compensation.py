@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.runtime.inject import StuckCells
+from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding
 
 __all__ = ["HitWeights", "compensated"]

@@ -31,10 +31,12 @@ from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
 from rerampile.runtime.quantised import quantised_model
 from rerampile.runtime.session import open_session, release_memory, run
+from rerampile.runtime.votes import add_votes
 from rerampile.runtime.weight_buffers import WeightBuffers
+from rerampile.slice_copies import protected_outputs
 
 if TYPE_CHECKING:
-    from rerampile.runtime.inject import LayerFaults, Leaks
+    from rerampile.runtime.inject import LayerFaults, Leaks, Votes
 
 __all__ = ["Executor", "Fidelity", "Inputs", "Method", "Outputs", "Precision", "open_executor"]
 
@@ -107,7 +109,7 @@ def open_executor(
     Args:
         deployment: The deployment.
         precision: The arithmetic: ``fp32``, or ``int8`` for cells of at most 8 bits; layers that int8 has no kernel
-            for, or that leak, stay in fp32. int8 runs the slow way.
+            for, that leak, or that are voted on, stay in fp32. int8 runs the slow way.
         provider: Execution provider of ONNX Runtime.
         method: ``fast`` and ``slow`` insist; ``auto`` takes the fast way where it applies.
         threads: Threads inside an operator, or None for ONNX Runtime's choice.
@@ -132,6 +134,9 @@ def open_executor(
     if method == "slow":
         return _SlowExecutor(deployment, plain, provider, threads, "asked for")
     try:
+        protection = deployment.plan.protection
+        if protection is not None and protection.vote == "median" and protection.weights:
+            raise NotApplicableError("medians of sums are no weights; those of a mean are")
         if provider != _CPU:
             raise NotApplicableError(f"weights are laid out for the CPU, not for {provider}")
         if method == "auto":
@@ -156,7 +161,8 @@ def _open_int8(
         raise ConfigError(f"--precision int8: runs the slow way on {_CPU} alone, not {method} on {provider}; use fp32")
     if not calibration:
         raise ConfigError("--precision int8: no calibration inputs, expected at least one batch of real data")
-    quantised = quantised_model(deployment, plain, calibration, _leaking_layers(deployment).keys())
+    voted = {number for number, flags in enumerate(protected_outputs(deployment.plan)) if flags.any()}
+    quantised = quantised_model(deployment, plain, calibration, _leaking_layers(deployment).keys() | voted)
     exact = _SlowExecutor(deployment, plain, provider, threads, "asked for")
     expected = [exact.run(inputs) for inputs in calibration]
     del exact
@@ -226,6 +232,8 @@ class _PatchedExecutor:
             self._buffers.patch(fault.layer, fault.index, fault.value)
             if fault.leaks is not None:
                 self._leak(fault.layer, fault.leaks)
+            if fault.votes is not None:
+                self._vote(fault.layer, fault.votes)
 
     def restore(self) -> None:
         self._buffers.restore()
@@ -233,6 +241,10 @@ class _PatchedExecutor:
     def _leak(self, layer: int, leaks: Leaks) -> None:
         name = self._deployment.plan.layers[layer].name
         raise FaultRunError(f"layer '{name}': stuck spare cells join its groups, which needs the slow way")
+
+    def _vote(self, layer: int, votes: Votes) -> None:
+        name = self._deployment.plan.layers[layer].name
+        raise FaultRunError(f"layer '{name}': medians of its sums need the slow way, not votes on {len(votes.out_row)}")
 
 
 class _FastExecutor(_PatchedExecutor):
@@ -277,6 +289,7 @@ class _SlowExecutor(_PatchedExecutor):
         self._providers = [provider] if provider == _CPU else [provider, _CPU]
         self._threads = threads
         self._leaks: list[tuple[int, Leaks]] = []
+        self._votes: list[tuple[int, Votes]] = []
         self._opened: tuple[Any, Any] | None = None  # the session, and the memory that it reads
 
     def run(self, inputs: Inputs) -> Outputs:
@@ -287,19 +300,25 @@ class _SlowExecutor(_PatchedExecutor):
     def restore(self) -> None:
         self._opened = None
         self._leaks.clear()
+        self._votes.clear()
         super().restore()
 
     def _leak(self, layer: int, leaks: Leaks) -> None:
         self._leaks.append((layer, leaks))
 
+    def _vote(self, layer: int, votes: Votes) -> None:
+        self._votes.append((layer, votes))
+
     def _open(self) -> tuple[Any, Any]:
         model, arrays = self._plain.proto, dict(self._buffers.arrays)
-        if self._leaks:
+        if self._leaks or self._votes:
             model = onnx.ModelProto()
             model.CopyFrom(self._plain.proto)
         for number, leaks in self._leaks:
             layer = self._deployment.plan.layers[number]
             arrays |= widen(model, layer, self._plain.weights[number], self._buffers.read(number), leaks)
+        for number, votes in self._votes:
+            arrays |= add_votes(model, self._deployment.plan.layers[number], self._plain.weights[number], votes)
         options = weight_options(self._deployment, arrays)
         options.intra_op_num_threads = self._threads or 0
         if self._plain.optimised:

@@ -7,6 +7,10 @@ Everywhere else a stuck cell does nothing, since its row is not driven or its co
 
 What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`). Of copies that are averaged, the
 weights are those of the mean cells: reading is linear.
+
+Where slices have copies, a stuck cell changes one of three sums, of which the mean or the median counts. The mean is
+linear: a third of what the cell alone would do to its weight. The median is not: it depends on the inputs, so it is
+left to whoever runs the model (:class:`Votes`), but for sums of which at most one is wrong, which change nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +25,17 @@ import numpy.typing as npt
 
 from rerampile.checks import check_placement
 from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments, lines
-from rerampile.plan import ArrayPlan, LayerPlan, Partition
+from rerampile.plan import ArrayPlan, LayerPlan, Partition, Vote
+from rerampile.runtime.copy_places import CopyPlaces
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
+from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding
 from rerampile.segments import Segments
+from rerampile.slice_copies import protected_outputs
 from rerampile.target import Target
 
-__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "StuckCells", "as_read", "column_parts"]
+__all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "Votes", "as_read", "column_parts"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -53,6 +60,27 @@ class Leaks:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Votes:
+    """Medians of three wrong sums: to ``out_row[s]`` the median over n of ``sum(value * input)`` of sum s is added.
+
+    The parts run over the entries of s with number n. Sums of which at most one is wrong are left out.
+
+    Attributes:
+        out_row: int64 [sums], the layer's output that each adds to.
+        sum: int64 [entries], which sum.
+        number: int64 [entries], 0 for the cells of the partition itself, 1 and 2 for copies.
+        input: int64 [entries], the input.
+        value: float32 [entries], what the stuck cell alone adds to the weight between them; not zero.
+    """
+
+    out_row: Integers
+    sum: Integers
+    number: Integers
+    input: Integers
+    value: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerFaults:
     """What a chip's faults do to one layer.
 
@@ -61,12 +89,14 @@ class LayerFaults:
         index: int64 [weights], flat positions in the matrix [groups * outputs, inputs], ascending, each once.
         value: float32 [weights], the weights there as the faulty chip reads them.
         leaks: What flows between groups; None where nothing does.
+        votes: Medians that are not zero for all inputs; None where there are none.
     """
 
     layer: int
     index: Integers
     value: Floats
     leaks: Leaks | None
+    votes: Votes | None = None
 
 
 class Injector:
@@ -84,6 +114,12 @@ class Injector:
         self._target = deployment.target
         self._places = _Places.of(deployment)
         self._layers = [LayerCells.of(deployment, layer) for layer in deployment.plan.layers]
+        protection = deployment.plan.protection
+        outputs = protected_outputs(deployment.plan)
+        self._protected = [
+            None if protection is None or not flags.any() else _Protected(flags, protection.slices, protection.vote)
+            for flags in outputs
+        ]
 
     def faults(self, fault_map: FaultMap) -> list[LayerFaults]:
         """Return what the faults of a chip do to each layer that they change, in the order of the plan.
@@ -93,8 +129,8 @@ class Injector:
         """
         found = []
         for number, stuck in enumerate(self.stuck(fault_map)):
-            faults = self._layers[number].faults(number, stuck)
-            if len(faults.index) or faults.leaks is not None:
+            faults = self._layers[number].faults(number, stuck, self._protected[number])
+            if len(faults.index) or faults.leaks is not None or faults.votes is not None:
                 found.append(faults)
         return found
 
@@ -115,34 +151,12 @@ class Injector:
 
 
 @dataclass(frozen=True, eq=False)
-class StuckCells:
-    """Stuck cells that matter, as parallel arrays.
+class _Protected:
+    """What of a layer has copies: which outputs [groups * outputs], how many slices, and how three sums become one."""
 
-    Attributes:
-        layer: The layer whose row and column cross there.
-        at_home: Whether the cell holds a weight, or lies beside the blocks.
-        in_group: Group of the row.
-        position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
-        part: slice * cells + role of the cell.
-        segment: The column segment whose column it is on.
-        input_segment: Which of the layer's ranges of inputs that column sums, so which gain its sum has.
-        conductance: What it is read as, siemens.
-        cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
-    """
-
-    layer: Integers
-    at_home: npt.NDArray[np.bool_]
-    in_group: Integers
-    position: Integers
-    part: Integers
-    segment: Integers
-    input_segment: Integers
-    conductance: Floats
-    cell: Integers
-
-    def take(self, which: Integers | slice) -> StuckCells:
-        """Return some of them."""
-        return StuckCells(*(column[which] for column in vars(self).values()))
+    outputs: npt.NDArray[np.bool_]
+    slices: int
+    vote: Vote
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +175,7 @@ class _Places:
         column_segment: The column segment of each column: an output of a group of a partition, counted array by array;
             twins share theirs.
         column_input_segment: Which of its layer's ranges of inputs each column sums.
+        copies: The copies of slices.
     """
 
     geometry: ChipGeometry
@@ -173,6 +188,7 @@ class _Places:
     column_part: Integers
     column_segment: Integers
     column_input_segment: Integers
+    copies: CopyPlaces
 
     @classmethod
     def of(cls, deployment: Deployment) -> _Places:
@@ -215,6 +231,7 @@ class _Places:
             column_part=parts.reshape(-1),
             column_segment=segments.reshape(-1),
             column_input_segment=input_segments.reshape(-1),
+            copies=CopyPlaces.of(deployment, segments),
         )
 
     def resolve(self, cell: Integers, conductance: Floats) -> StuckCells:
@@ -231,7 +248,7 @@ class _Places:
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
         row, column = row[matters], column[matters]
-        return StuckCells(
+        found = StuckCells(
             layer=layer[matters],
             at_home=(row_block == column_block)[matters],
             in_group=self.row_group[row],
@@ -241,7 +258,10 @@ class _Places:
             input_segment=self.column_input_segment[column],
             conductance=conductance[matters],
             cell=cell[matters],
+            number=np.zeros(len(matters), np.int64),
         )
+        copied = self.copies.resolve(cell, conductance, geometry)
+        return found if copied is None else found.joined(copied)
 
 
 def as_read(target: Target, geometry: ChipGeometry, fault_map: FaultMap) -> tuple[Integers, Floats]:
@@ -290,25 +310,66 @@ class LayerCells:
         flat = cells.reshape(coding.slices * coding.cells, -1)
         return cls(layer, coding, flat, deployment.gain(layer), layer_segments(layer))
 
-    def faults(self, number: int, stuck: StuckCells) -> LayerFaults:
-        """Return what stuck cells do to this layer, which has that number."""
+    def faults(self, number: int, stuck: StuckCells, protected: _Protected | None = None) -> LayerFaults:
+        """Return what stuck cells do to this layer, which has that number; ``protected`` says what of it has copies."""
+        voted, votes = stuck.take(slice(0)), None
+        if protected is not None:
+            has_copies = stuck.at_home & protected.outputs[stuck.position // self.plan.inputs]
+            has_copies &= stuck.part // self.coding.cells >= self.coding.slices - protected.slices
+            voted, stuck = stuck.take(np.flatnonzero(has_copies)), stuck.take(np.flatnonzero(~has_copies))
+            if protected.vote == "median":
+                voted, votes = voted.take(slice(0)), self._votes(voted)
         away = stuck.take(np.flatnonzero(~stuck.at_home))
         home = stuck.take(np.flatnonzero(stuck.at_home)) if len(away.part) else stuck
         extra = self._crossings(away)
         out_row, input_ = np.divmod(away.position, self.plan.inputs)
         inside = (away.in_group == out_row // self.plan.outputs) & (extra != 0)
-        index, at = _unique(np.concatenate([home.position, away.position[inside]]))
+        index, at = _unique(np.concatenate([home.position, away.position[inside], voted.position]))
         gain = self.segments.at(self.gain, index)
         value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
-        np.add.at(value, at[len(home.part) :], extra[inside])
+        more = np.concatenate([extra[inside], self._changes(voted) / np.float32(3)])
+        np.add.at(value, at[len(home.part) :], more)
         pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
         leaks = self._leaks(pair[~inside], extra[~inside])
-        return LayerFaults(layer=number, index=index, value=value, leaks=leaks)
+        return LayerFaults(layer=number, index=index, value=value, leaks=leaks, votes=votes)
+
+    def _changes(self, stuck: StuckCells) -> Floats:
+        """Return what each cell that holds part of a weight changes it by, alone."""
+        slice_, role = np.divmod(stuck.part, self.coding.cells)
+        held = self.cells[stuck.part, stuck.position]
+        table = self.coding.cell_values
+        error = self.coding.worth(stuck.conductance) - (held.astype(np.float32) if table is None else table[held])
+        factor = np.array(self.coding.significances, np.float32)[slice_] * np.where(role == 0, 1, -1).astype(np.float32)
+        changes: Floats = self.segments.at(self.gain, stuck.position) * factor * error
+        return changes
+
+    def _votes(self, stuck: StuckCells) -> Votes | None:
+        """Return the medians that stuck cells with copies, and stuck copies, can make other than zero."""
+        value = self._changes(stuck)
+        wrong = np.flatnonzero(value)
+        stuck, value = stuck.take(wrong), value[wrong]
+        sums, which = _unique(stuck.segment * len(self.cells) + stuck.part)
+        hit = np.zeros((len(sums), 3), np.bool_)
+        hit[which, stuck.number] = True
+        matters = hit.sum(axis=1) > 1
+        chosen = np.flatnonzero(matters[which])
+        if not len(chosen):
+            return None
+        out_row = np.empty(len(sums), np.int64)
+        out_row[which], input_ = np.divmod(stuck.position, self.plan.inputs)
+        return Votes(
+            out_row=out_row[matters],
+            sum=(np.cumsum(matters) - 1)[which[chosen]],
+            number=stuck.number[chosen],
+            input=input_[chosen],
+            value=value[chosen],
+        )
 
     def _crossings(self, stuck: StuckCells) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear.
 
-        Of a copy it is the share that the mean has.
+        Its column's sum is multiplied by the gain of what that column sums, whichever row it is on. Of a copy it is the
+        share that the mean has.
         """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]

@@ -12,10 +12,11 @@ from rerampile.errors import ConfigError
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
-from rerampile.runtime.inject import LayerCells, LayerFaults, StuckCells
+from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
+from rerampile.runtime.stuck_cells import StuckCells
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram", "require_single_copies"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -30,6 +31,9 @@ STEPS = ("compensate", "assign", "flip", "repair", "gain", "bias")
 CALIBRATED = ("repair", "bias")
 """Steps that need to know what layers see."""
 
+UNCALIBRATED = ("compensate", "assign", "flip")
+"""Steps that are good for a chip where nobody knows: a gain fitted to sums of squares often is not."""
+
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
 _GAINS = (0.5, 2.0)  # by how much a gain may change
@@ -39,8 +43,13 @@ def require_single_copies(deployment: Deployment) -> None:
     """Refuse a deployment with copies: its cells, one set for all of them, cannot make up for stuck ones of each.
 
     Raises:
-        ConfigError: A layer is held several times.
+        ConfigError: A layer is held several times, or slices of it are.
     """
+    if deployment.plan.protection is not None:
+        raise ConfigError(
+            f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
+            f"--protect-msb"
+        )
     layer = max(deployment.plan.layers, key=lambda layer: layer.copy_count)
     if layer.copy_count > 1:
         raise ConfigError(

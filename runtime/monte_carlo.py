@@ -20,6 +20,7 @@ from rerampile.errors import ConfigError, DataError
 from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
 from rerampile.runtime.blocked_weights import BlockedModel
+from rerampile.runtime.copy_places import refuse_weight_rates
 from rerampile.runtime.data import (
     Dataset,
     ImageDataset,
@@ -180,6 +181,7 @@ class Bench:
         if learned is None:
             check_checksums(self.deployment)
         self.compiled = compiled_deployment(self.deployment)
+        refuse_weight_rates(self.deployment, experiment.faults)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)

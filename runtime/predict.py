@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError, RerampileError
+from rerampile.runtime.copy_places import refuse_weight_rates
 from rerampile.runtime.data import open_dataset
 from rerampile.runtime.dataset import Dataset, spread
 from rerampile.runtime.executor import Executor, Inputs, Outputs, open_executor
@@ -146,6 +147,7 @@ def predict(
         DataError: There are no images.
     """
     check_predictable(faults)
+    _check_votes(deployment, faults)
     images = min(images, len(data))
     if images < 1:
         raise DataError("no images to calibrate with, expected one or more")
@@ -256,6 +258,21 @@ def check_predictable(faults: Sequence[FaultModel]) -> None:
     if odd := next((model for model in faults if model.distribution != "independent"), None):
         raise ConfigError(
             f"--distribution {odd.distribution}: the closed forms hold for independent faults; run 'rerampile validate'"
+        )
+
+
+def _check_votes(deployment: Deployment, faults: Sequence[FaultModel]) -> None:
+    """Refuse votes that there is no closed form for.
+
+    Raises:
+        ConfigError: They are medians, or faults are of weights, which have more than one place.
+    """
+    refuse_weight_rates(deployment, faults)
+    protection = deployment.plan.protection
+    if protection is not None and protection.vote == "median" and protection.weights:
+        raise ConfigError(
+            f"{deployment.folder}: medians of three sums depend on the inputs, and there is no closed form for them; "
+            f"run 'rerampile validate', or compile with --vote mean"
         )
 
 

@@ -24,6 +24,7 @@ from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.plan import ArrayPlan, Partition
 from rerampile.runtime.faults import FaultModel
 from rerampile.schemes import row_chunks
+from rerampile.slice_copies import protected_outputs
 from rerampile.stuck_cell import StuckCell
 
 __all__ = ["LayerErrors", "OffsetSums"]
@@ -74,6 +75,7 @@ class LayerErrors:
         self._placed = np.zeros((layer.groups, layer.outputs, layer.inputs), np.bool_)
         for partition in (p for partitions in self._arrays for p in partitions):
             self._placed[np.ix_(*_places(partition))] = True
+        self._counted = self._means_of_three(number)
         transposed = layer.uses[0].op == "ConvTranspose"
         self.kernel = math.prod(layer.weight_shape[2:]) if transposed else 1  # outputs of one output channel
 
@@ -119,7 +121,9 @@ class LayerErrors:
         cells, leaks = self._deployment.cells(layer), self._leaks(stuck)
         placed = self._placed.reshape(-1, layer.inputs)
         for rows in row_chunks((len(placed), layer.inputs)):
-            part = stuck.variance_of(coding, cells[:, :, rows], self._segments.spread(self._gain[rows]))
+            counted = None if self._counted is None else self._counted[:, rows]
+            gain = self._segments.spread(self._gain[rows])
+            part = stuck.variance_of(coding, cells[:, :, rows], gain, counted)
             part *= placed[rows]
             if layer.copy_count > 1:
                 part /= np.float32(layer.copy_count)
@@ -127,6 +131,16 @@ class LayerErrors:
                 part += leaks[rows]
             yield rows, part
         self._deployment.conductances.drop_pages()
+
+    def _means_of_three(self, number: int) -> Floats | None:
+        """Return what variances of cells count, [slices, groups * outputs, 1], a third where copies make a mean."""
+        protection = self._deployment.plan.protection
+        if protection is None:
+            return None
+        outputs = protected_outputs(self._deployment.plan)[number]
+        counted = np.ones((self.layer.slices, len(outputs), 1), np.float32)
+        counted[-protection.slices :, outputs] = 1 / 3
+        return counted
 
     def _leaks(self, stuck: StuckCell) -> Floats | None:
         """Return the variances of leaks, float32 [groups * outputs, inputs], at the group that each comes from."""

@@ -153,6 +153,17 @@ def test_the_reader_knows_columns_that_changed_roles(
         np.testing.assert_array_equal(reader["picture"](plan, tensors, array), chip.array(array["id"]))
 
 
+@pytest.mark.parametrize("target", ["slices", "twin slices", "measured"])
+def test_the_reader_knows_copies(reader: dict[str, Any], model: onnx.ModelProto, tmp_path: Path, target: str) -> None:
+    hardware = rerampile.Target(name="test", rows=24, columns=24, **TARGETS[target])
+    prune = {"rows": 0.8}
+    deployment = rerampile.compile_model(model, out=tmp_path / "out", target=hardware, prune=prune, protect_msb=1)
+    plan, tensors = reader["read"](deployment.folder)
+    assert any("slice_copies" in array for array in plan["arrays"])
+    for array in plan["arrays"]:
+        np.testing.assert_array_equal(reader["picture"](plan, tensors, array), deployment.array(array["id"]))
+
+
 def test_the_reader_gives_the_weights_that_went_in(
     reader: dict[str, Any], model: onnx.ModelProto, tmp_path: Path
 ) -> None:

@@ -132,7 +132,7 @@ def test_failed_cells_are_those_of_the_target(scheme: str, response: str) -> Non
         error = value - held[index]
         errors[:, index] += np.array([error, error**2]) / draws
     cell = StuckCell.of(target, defects.coding, faults.probabilities)
-    variance = cell.variance_of(defects.coding, cells, gain[:, None])[0]
+    variance = cell.variance_of(defects.coding, cells, gain[:, None])[0].astype(np.float64)
     mean = gain[0] * cell.shift(defects.coding) - cell.loss * held
     assert errors[0].sum() == pytest.approx(mean.sum(), abs=5 * np.sqrt(variance.sum() / draws))
     assert errors[1].sum() == pytest.approx((variance + mean**2).sum(), rel=0.05)
