@@ -280,7 +280,7 @@ def test_a_copy_among_columns_of_other_roles_is_refused(tmp_path: Path) -> None:
         tmp_path / "out", pruned(16, 8, 0, 4), mapping="differential", target=target_of(pair_layout="twin")
     )
     first, second = twins.plan.arrays
-    copies = [msgspec.structs.replace(copy, array=1) for copy in first.copies]
+    copies = [msgspec.structs.replace(copy, array=1) for copy in first.slice_copies]
     both = [msgspec.structs.replace(array, slice_copies=copies) for array in (first, second)]
     with pytest.raises(PlanFormatError, match="on the first of two twins"):
         check_placement(changed(twins, both))
