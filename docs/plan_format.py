@@ -28,7 +28,7 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXAMPLE = re.compile(r"(<!-- example -->\n+```json\n)(.*?)(```\n)", re.DOTALL)
 
 LEFT_OUT = {
-    "LayerPlan": ("clip", "correction", "copies"),
+    "LayerPlan": ("clip", "correction", "segments", "copies"),
     "Totals": ("arrays_spent",),
     "ChipPlan": ("categories",),
     "Target": ("failed_cells",),

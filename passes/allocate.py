@@ -1,8 +1,9 @@
 """Allocate: cut matrices to arrays, leave out what pruning emptied, and give every piece an address.
 
 A matrix is cut into strips of outputs (as many as an array has columns for), and each strip into pieces of as many
-inputs as an array has rows. Outputs whose weights are all zero, and inputs that a whole strip does not need, take no
-column and no row. Groups that fit an array several times lie block-diagonally on it.
+inputs as an array has rows; where segments of inputs have gains of their own, no piece is of two of them. Outputs whose
+weights are all zero, and inputs that a whole strip does not need, take no column and no row. Groups that fit an array
+several times lie block-diagonally on it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rerampile.passes.spend import further_copies
 from rerampile.plan import ArrayPlan, CopiesPlan, Partition, Region, span_fields
 from rerampile.schemes import Coding
 from rerampile.target import Target
-from rerampile.totals import arrays_spent
+from rerampile.totals import arrays_needed, arrays_spent
 from rerampile.unit import MappedLayer, Unit
 
 __all__ = ["Allocate"]
@@ -77,17 +78,17 @@ class Allocate:
         return protected(placed, freed) if unit.options.protect_msb else placed
 
     def summary(self, unit: Unit) -> Mapping[str, Any]:
-        """Return the number of arrays and what leaving out zeros saved, and what copies take or protect."""
-        spent = arrays_spent(unit.arrays)
-        return (
-            {
-                "arrays": len(unit.arrays),
-                "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
-                "saved by packing": unit.arrays_before_packing - (len(unit.arrays) - spent),
-            }
-            | ({"spent on copies": spent} if unit.copies else {})
-            | ({} if unit.protection is None else {"weights with copies": unit.protection.weights})
-        )
+        """Return the number of arrays, what leaving out zeros saved, and what copies took."""
+        summary = {
+            "arrays": len(unit.arrays),
+            "saved by pruning": unit.arrays_without_pruning - unit.arrays_before_packing,
+            "saved by packing": unit.arrays_before_packing - arrays_needed(unit.arrays),
+        }
+        if unit.copies:
+            summary["spent on copies"] = arrays_spent(unit.arrays)
+        if unit.protection is not None:
+            summary["weights with copies"] = unit.protection.weights
+        return summary
 
 
 def partition_size(target: Target, coding: Coding) -> tuple[int, int]:
@@ -112,7 +113,7 @@ def _cut(grid: Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[li
             _piece(number, group, rows, columns)
             for group in range(view.groups)
             for columns in _chunks(outputs, grid.outputs)
-            for rows in _chunks(inputs, grid.rows)
+            for rows in _rows(grid, mapped, inputs)
         ]
         return pieces, []
     pieces, regions = [], []
@@ -122,7 +123,7 @@ def _cut(grid: Grid, number: int, layer: Layer, mapped: MappedLayer) -> tuple[li
         for columns in _chunks(np.flatnonzero(kept), grid.outputs):
             needed: Flags = np.asarray(nonzero[columns].any(axis=0))
             regions += _empty_region(number, group, _as_flags(columns, view.outputs), ~needed)
-            pieces += [_piece(number, group, rows, columns) for rows in _chunks(np.flatnonzero(needed), grid.rows)]
+            pieces += [_piece(number, group, rows, columns) for rows in _rows(grid, mapped, np.flatnonzero(needed))]
     return _merge_whole_groups(grid, layer, number, pieces), regions
 
 
@@ -163,6 +164,12 @@ def _empty_region(number: int, group: int, outputs: Flags, inputs: Flags) -> lis
         return []
     spans = {**span_fields("input", np.flatnonzero(inputs)), **span_fields("output", np.flatnonzero(outputs))}
     return [Region(layer=number, group=group, reason="zero", **spans)]
+
+
+def _rows(grid: Grid, mapped: MappedLayer, inputs: Indices) -> Iterator[Indices]:
+    """Yield the inputs of a strip piece by piece."""
+    for segment in mapped.segments.cut(inputs):
+        yield from _chunks(segment, grid.rows)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

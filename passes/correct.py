@@ -53,10 +53,11 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     """
     shape = (layer.view.groups, layer.view.outputs, layer.view.inputs)
     wanted = unit.weights(layer).astype(np.float64)
-    held = wanted if mapped.limit is None else np.clip(wanted, -mapped.limit[:, None], mapped.limit[:, None])
+    limit = None if mapped.limit is None else mapped.segments.spread(mapped.limit)
+    held = wanted if limit is None else np.clip(wanted, -limit, limit)
     stuck = stuck_cell(unit, mapped.coding)
     signal = (1 - stuck.loss) * held
-    shift = stuck.shift(mapped.coding) * mapped.gain.astype(np.float64)[:, None]
+    shift = stuck.shift(mapped.coding) * mapped.segments.spread(mapped.gain).astype(np.float64)
     there = placed(layer, mapped.nonzero)
     mean = signal + shift * there
     noise = noise_energies(layer, mapped, stuck, held, there, seen)
@@ -74,7 +75,7 @@ def corrected(unit: Unit, layer: Layer, mapped: MappedLayer, seen: InputMoments)
     after = products(off, shared, off) + factor**2 * noise
     return replace(
         mapped,
-        gain=(mapped.gain * factor).astype(np.float32),
+        gain=(mapped.gain.T * factor).T.astype(np.float32),  # of all segments of an output
         factor=factor.astype(np.float32),
         addend=addend,
         correction=CorrectionPlan(
@@ -117,7 +118,7 @@ def noise_energies(
         power = np.repeat(np.diagonal(seen.square, axis1=1, axis2=2), layer.view.outputs, axis=0)
     noise = np.empty(len(held))
     for rows in row_chunks(held.shape):
-        cells = coding.encode(held[rows].astype(np.float32, copy=False), mapped.gain[rows])
-        variance = stuck.variance_of(coding, cells, mapped.gain[rows, None])
+        gain = mapped.segments.spread(mapped.gain[rows])
+        variance = stuck.variance_of(coding, coding.encode(held[rows].astype(np.float32, copy=False), gain), gain)
         noise[rows] = np.sum(variance * power[rows], axis=1, where=there[rows])
     return noise

@@ -52,7 +52,8 @@ def _write_conductances(unit: Unit) -> tuple[TensorWriter, dict[str, float]]:
     for layer in unit.layers:
         mapped = unit.mapped[layer.name]
         shape = (mapped.coding.slices, mapped.coding.cells, *layer.view.shape)
-        tensors += [(f"{layer.name}.cells", mapped.coding.dtype, shape), (f"{layer.name}.gain", np.float32, shape[2:3])]
+        gain = (f"{layer.name}.gain", np.float32, mapped.gain.shape)
+        tensors += [(f"{layer.name}.cells", mapped.coding.dtype, shape), gain]
     with TensorWriter(unit.folder / CONDUCTANCES, tensors, {"format": "rerampile-conductances"}) as writer:
         means = side_by_side(lambda layer: _write_layer(unit, layer, writer), unit.layers)
     return writer, dict(zip((layer.name for layer in unit.layers), means, strict=True))
@@ -60,7 +61,8 @@ def _write_conductances(unit: Unit) -> tuple[TensorWriter, dict[str, float]]:
 
 def _write_layer(unit: Unit, layer: Layer, writer: TensorWriter) -> float:
     """Encode and write one layer's cells, some outputs at a time; return the mean conductance of a cell."""
-    coding, gain = unit.mapped[layer.name].coding, unit.mapped[layer.name].gain
+    mapped = unit.mapped[layer.name]
+    coding, gain = mapped.coding, mapped.gain
     weights, sums = unit.weight_rows(layer), []
 
     def blocks() -> Iterator[tuple[slice, npt.NDArray[Any]]]:
@@ -68,7 +70,7 @@ def _write_layer(unit: Unit, layer: Layer, writer: TensorWriter) -> float:
         buffer = np.empty((coding.slices, coding.cells, chunks[0].stop, layer.view.inputs), coding.dtype)
         for rows in chunks:
             part = weights(rows)
-            cells = coding.encode(part, gain[rows], out=buffer[:, :, : len(part)])
+            cells = coding.encode(part, mapped.segments.spread(gain[rows]), out=buffer[:, :, : len(part)])
             sums.append(_total_conductance(coding, cells))
             yield rows, cells
 

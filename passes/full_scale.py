@@ -13,6 +13,10 @@ levels. The first term is what all chips share: errors of clipping add up there,
 is ``w`` or ``s``. So between neighbouring weights ``L`` is a quadratic function of ``s``, whose coefficients change by
 what *one* weight brings when it starts to be clipped. Sorted weights and cumulative sums give all of these functions,
 and the least of their minima is exact.
+
+Where segments of an output's inputs have full scales of their own, ``L`` is a sum over segments but for the first term,
+in which their mean errors meet. Each segment in turn gets the exact minimum beside what the others are, which adds
+``2 m^T H m'`` with their mean errors ``m'``: linear in ``m``, so that the same sums do.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.schemes import Coding
+from rerampile.segments import Segments
 from rerampile.stuck_cell import StuckCell
 
-__all__ = ["FaultNoise", "Losses", "losses_of"]
+__all__ = ["FaultNoise", "Losses", "least_by_segment", "losses_of"]
 
 Doubles = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -35,6 +40,7 @@ Integers = npt.NDArray[np.int64]
 _SAMPLES = 2001  # values of a weight at which the closed form of its scheme is read
 _PAIRS = 1 << 22  # pairs of weights handled at a time
 _BLOCK = 256  # weights of an output handled at a time
+_TURNS = 2  # of each segment: a third changes next to nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,7 @@ def losses_of(
     *,
     power: Doubles | None = None,
     floor: float | None = None,
+    pull: Doubles | None = None,
 ) -> Losses:
     """Return the expected errors of outputs that see the same inputs.
 
@@ -183,10 +190,13 @@ def losses_of(
         power: E[x^2], [inputs]; the diagonal of ``moment`` where None.
         floor: The least scale that is tried; where None that which clips a quarter of the weights of each output that
             are not zero. Pairs of weights below it need not be looked at.
+        pull: E[x e] with the mean error ``e`` of what else is added to each output, float64 [outputs, inputs]; 0 where
+            None. ``L`` is then the error of all together, less that of ``e`` alone.
     """
     size = np.abs(weights)
     order = np.argsort(-size, axis=1, kind="stable")
-    ordered = _Sorted.of(weights, placed, moment, np.diagonal(moment) if power is None else power, order)
+    power = np.diagonal(moment) if power is None else power
+    ordered = _Sorted.of(weights, placed, moment, power, np.zeros_like(weights) if pull is None else pull, order)
     deepest = np.minimum(np.count_nonzero(size, axis=1) // 4, size.shape[1] - 1)
     least = ordered.size[np.arange(len(size)), deepest] if floor is None else np.full(len(size), floor)
     b, shift = noise.mean_gain, noise.shift
@@ -199,8 +209,10 @@ def losses_of(
     mean = (b - 1) * ordered.products  # E[x (mean error of the output)] without clipping, but for the shift
     value = ordered.sign * ordered.size
     base = first.sum(axis=1)
-    base[:, 0] += (b - 1) * (value * mean).sum(axis=1)
+    base[:, 0] += (b - 1) * (value * (mean + 2 * ordered.pull)).sum(axis=1)
     base[:, 1] += 2 * shift * (b - 1) * (value * ordered.driven).sum(axis=1)
+    base[:, 1] += 2 * shift * (ordered.placed * ordered.pull).sum(axis=1)
+    mean = mean + ordered.pull
     base[:, 2] += shift**2 * (ordered.placed * ordered.driven).sum(axis=1) + rounding.sum(axis=1)
     change = b**2 * _clipping(ordered, moment, order, least) - last
     change[:, :, 0] -= 2 * b * value * mean
@@ -212,6 +224,52 @@ def losses_of(
         at = np.concatenate([at, ordered.size / noise.bend], axis=1)
         change = np.concatenate([change, last - first], axis=1)
     return Losses(top=ordered.size[:, 0], floor=least, base=base, at=at, change=change)
+
+
+def least_by_segment(
+    weights: Doubles, placed: Flags, moment: Doubles, noise: FaultNoise, segments: Segments, *, power: Doubles
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Return full scales of segments whose errors together no change of a single one makes much less.
+
+    Args:
+        weights: As of :func:`losses_of`.
+        placed: The same.
+        moment: The same.
+        noise: The same.
+        segments: The ranges of inputs.
+        power: As of :func:`losses_of`.
+
+    Returns:
+        The full scales, float64 [outputs, segments]; the error of each output, and that with the largest magnitudes as
+        full scales, float64 [outputs] each.
+    """
+
+    def means(scale: Doubles) -> Doubles:
+        """Return the mean error of each weight."""
+        s = segments.spread(scale)
+        return noise.mean_gain * np.clip(weights, -s, s) - weights + noise.shift * s * placed
+
+    scale = segments.largest(np.abs(weights))
+    mean = means(scale)
+    before = _alike(mean, moment)
+    random = np.zeros_like(scale)  # what differs from chip to chip
+    for turn in range(_TURNS):
+        for k, part in enumerate(segments.slices):
+            own = moment[part, part]
+            pull = mean @ moment[:, part] - mean[:, part] @ own
+            losses = losses_of(weights[:, part], placed[:, part], own, noise, power=power[part], pull=pull)
+            scale[:, k], error, unclipped = losses.least()
+            if not turn:
+                before += unclipped - _alike(mean[:, part], own, pull)
+            mean = means(scale)
+            random[:, k] = error - _alike(mean[:, part], own, pull)
+    return scale, random.sum(axis=1) + _alike(mean, moment), before
+
+
+def _alike(mean: Doubles, moment: Doubles, pull: Doubles | float = 0.0) -> Doubles:
+    """Return what mean errors [outputs, inputs] add to the error of each output, beside what pulls at them."""
+    added: Doubles = np.einsum("oi,oi->o", mean @ moment + 2 * pull, mean)
+    return added
 
 
 @dataclass(frozen=True)
@@ -226,6 +284,7 @@ class _Sorted:
         own: The diagonal of the moment, at their inputs.
         products: E[x y] of their inputs with the output.
         driven: E[x z] of their inputs with the sum z of those inputs of the output that take cells.
+        pull: E[x e] of their inputs with the mean error e of what else is added to the output.
     """
 
     size: Doubles
@@ -235,11 +294,14 @@ class _Sorted:
     own: Doubles
     products: Doubles
     driven: Doubles
+    pull: Doubles
 
     @classmethod
-    def of(cls, weights: Doubles, placed: Flags, moment: Doubles, power: Doubles, order: Integers) -> _Sorted:
+    def of(
+        cls, weights: Doubles, placed: Flags, moment: Doubles, power: Doubles, pull: Doubles, order: Integers
+    ) -> _Sorted:
         diagonal = (np.broadcast_to(values, weights.shape) for values in (power, np.diagonal(moment)))
-        columns = (weights, placed.astype(np.float64), *diagonal, weights @ moment, placed @ moment)
+        columns = (weights, placed.astype(np.float64), *diagonal, weights @ moment, placed @ moment, pull)
         w, *others = (np.take_along_axis(column, order, axis=1) for column in columns)
         return cls(np.abs(w), np.sign(w), *others)
 

@@ -18,6 +18,7 @@ from rerampile.passes.correct import corrected
 from rerampile.passes.spend import expected_noise
 from rerampile.passes.weigh import Candidate, stuck_cell, weigh
 from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, row_chunks
+from rerampile.segments import Segments
 from rerampile.target import Target
 from rerampile.unit import InputMoments, MappedLayer, Unit
 
@@ -30,7 +31,7 @@ _MOMENTS_HELD = 1 << 30  # bytes of second moments of inputs at a time
 
 @dataclass(frozen=True)
 class Map:
-    """The coding and the gain of each output; the cells themselves are computed while they are written."""
+    """The coding and the gains; the cells themselves are computed while they are written."""
 
     name: str = "map"
 
@@ -104,17 +105,20 @@ def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLay
             f"{unit.model.name}: layer '{layer.name}': weights of up to {most:.3g}, expected at most "
             f"{max(limits):.3g}, where weight per siemens still fits float32; scale the model down"
         )
+    segments = _segments(unit, layer, nonzero)
+    scale = _full_scale(unit, layer, magnitude, segments)
     candidates = [
-        _candidate(unit, layer, coding, smallest, largest)
+        _candidate(layer, coding, smallest, largest, scale)
         for coding, limit in zip(codings, limits, strict=True)
         if most <= limit
     ]
     chosen, choice = candidates[0], None
     if unit.options.mapping in WEIGHED:
-        chosen, choice = weigh(unit, layer, nonzero, candidates)
+        chosen, choice = weigh(unit, layer, nonzero, segments, candidates)
     return MappedLayer(
         coding=chosen.coding,
         gain=chosen.gain,
+        segments=segments,
         nonzero=nonzero,
         zeros=0 if nonzero is None else nonzero.size - int(np.count_nonzero(nonzero)),
         choice=choice,
@@ -165,11 +169,23 @@ def _within(layers: Sequence[Layer], most: int) -> Iterator[list[Layer]]:
     yield chosen
 
 
-def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, largest: Floats) -> Candidate:
-    """Return a coding with the gain of each output, whose weights reach from ``smallest`` to ``largest``."""
-    magnitude = np.maximum(largest, -smallest)
-    exact = layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max()))
-    return Candidate(coding=coding, gain=np.ones_like(magnitude) if exact else _gain(unit, layer, coding, magnitude))
+def _candidate(layer: Layer, coding: Coding, smallest: Floats, largest: Floats, scale: Floats) -> Candidate:
+    """Return a coding with its gains.
+
+    Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
+    steps, else multiples of the smallest whole number that fits.
+
+    Args:
+        layer: The layer.
+        coding: The coding.
+        smallest: Smallest weight of each output.
+        largest: Largest weight of each output.
+        scale: Full scales.
+    """
+    if layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max())):
+        return Candidate(coding=coding, gain=np.ones_like(scale))
+    gain = coding.gain(scale)
+    return Candidate(coding=coding, gain=np.ceil(gain) if layer.integer and coding.integer else gain)
 
 
 def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:
@@ -191,13 +207,26 @@ def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bo
     return smallest, largest, nonzero
 
 
-def _gain(unit: Unit, layer: Layer, coding: Coding, magnitude: Floats) -> Floats:
-    """Return the gain of each output.
+def _segments(unit: Unit, layer: Layer, nonzero: npt.NDArray[np.bool_] | None) -> Segments:
+    """Return the ranges of inputs with gains of their own: as much as the rows of one array hold, or everything."""
+    if unit.options.scale != "partition":
+        return Segments.whole(layer.view.inputs)
+    needed = np.ones(layer.view.inputs, np.bool_) if nonzero is None else nonzero.any(axis=0)
+    return Segments.by_rows(np.asarray(needed), unit.target.rows)
 
-    Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
-    steps, else multiples of the smallest whole number that fits.
+
+def _full_scale(unit: Unit, layer: Layer, magnitude: Floats, segments: Segments) -> Floats:
+    """Return full scales that hold all weights, [groups * outputs] or [groups * outputs, segments].
+
+    Args:
+        unit: The compilation, up to *prune*.
+        layer: The layer.
+        magnitude: Largest magnitude of each output.
+        segments: The ranges of inputs with gains of their own.
     """
     if unit.options.scale == "tensor":
-        magnitude = np.full_like(magnitude, magnitude.max(initial=0))
-    gain = coding.gain(magnitude)
-    return np.ceil(gain) if layer.integer and coding.integer else gain
+        return np.full_like(magnitude, magnitude.max(initial=0))
+    if unit.options.scale == "channel":
+        return magnitude
+    weights = unit.weight_rows(layer)
+    return np.concatenate([segments.full_scale(weights(rows)) for rows in row_chunks(layer.view.shape)])

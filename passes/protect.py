@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.copies import protection_of
 from rerampile.deployment import footprint
 from rerampile.errors import ConfigError
 from rerampile.layer import Layer
 from rerampile.plan import ArrayPlan, Partition, SliceCopy, span_fields
+from rerampile.slice_copies import protection_of
 from rerampile.target import Target
 from rerampile.unit import Unit
 
@@ -36,7 +36,8 @@ def check_protection(target: Target, slices: int) -> None:
     """Refuse to copy slices that weights do not have.
 
     Raises:
-        ConfigError: The target does not slice weights, or has too few slices.
+        ConfigError: The target does not slice weights, has too few slices, or cuts off the pairs of failed cells, which
+            are neighbours where weights lie, and not where copies do.
     """
     if target.slices == 1:
         raise ConfigError(
@@ -46,6 +47,11 @@ def check_protection(target: Target, slices: int) -> None:
     if not 1 <= slices <= target.slices:
         raise ConfigError(
             f"--protect-msb {slices}: expected 1 to {target.slices}, the slices of target '{target.name}'"
+        )
+    if target.failed_cells.isolates_pairs:
+        raise ConfigError(
+            f"--protect-msb {slices}: target '{target.name}' cuts off the pair of a failed cell, and which cells of "
+            f"copies are pairs is not known; expected another failed_cells.response"
         )
 
 
@@ -61,7 +67,7 @@ def protected(unit: Unit, freed: Sequence[int]) -> Unit:
     space = _Space.beside(unit.target, arrays)
     for number, layer in enumerate(unit.layers):
         if homes[number] and _can_vote(layer):
-            gain = unit.mapped[layer.name].gain
+            gain = unit.mapped[layer.name].gain.reshape(layer.view.groups * layer.view.outputs, -1).max(axis=1)
             space = _protect_layer(unit.target, arrays, space, homes[number], slices, gain, freed[number])
     return replace(unit, arrays=tuple(arrays), protection=protection_of(slices, unit.options.vote, arrays))
 

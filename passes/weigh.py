@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rerampile.layer import Layer
 from rerampile.plan import MappingChoice, SchemeEstimate
 from rerampile.schemes import Coding, row_chunks
+from rerampile.segments import Segments
 from rerampile.stuck_cell import StuckCell
 from rerampile.unit import Unit
 
@@ -36,7 +37,7 @@ class Candidate:
 
     Attributes:
         coding: The coding.
-        gain: float32 [groups * outputs], weight units a unit of difference.
+        gain: float32 [groups * outputs] or [groups * outputs, segments], weight units a unit of difference.
     """
 
     coding: Coding
@@ -51,7 +52,7 @@ def stuck_cell(unit: Unit, coding: Coding) -> StuckCell:
 
 
 def weigh(
-    unit: Unit, layer: Layer, nonzero: Flags | None, candidates: Sequence[Candidate]
+    unit: Unit, layer: Layer, nonzero: Flags | None, segments: Segments, candidates: Sequence[Candidate]
 ) -> tuple[Candidate, MappingChoice]:
     """Return the candidate that the options ask for, and why.
 
@@ -59,9 +60,10 @@ def weigh(
         unit: The compilation, up to *prune*.
         layer: The layer.
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None for everywhere.
+        segments: The ranges of inputs that gains are for.
         candidates: All codings that can hold the layer, in the order that decides between equal ones.
     """
-    estimates = _estimates(unit, layer, nonzero, candidates)
+    estimates = _estimates(unit, layer, nonzero, segments, candidates)
     costs = [estimate.cost for estimate in estimates]
     if unit.options.mapping == "auto":
         best = next(n for n, cost in enumerate(costs) if cost <= min(costs) * (1 + _TIE))
@@ -83,11 +85,11 @@ def _reason(unit: Unit, estimates: Sequence[SchemeEstimate], best: int) -> str:
 
 
 def _estimates(
-    unit: Unit, layer: Layer, nonzero: Flags | None, candidates: Sequence[Candidate]
+    unit: Unit, layer: Layer, nonzero: Flags | None, segments: Segments, candidates: Sequence[Candidate]
 ) -> list[SchemeEstimate]:
     """Return the estimate of each candidate; the weights are read once, some outputs at a time."""
     weights, held = unit.weight_rows(layer), placed(layer, nonzero)
-    sums = [_Sums.of(unit, candidate, layer.view.shape[0]) for candidate in candidates]
+    sums = [_Sums.of(unit, candidate, segments, layer.view.shape[0]) for candidate in candidates]
     power = 0.0
     for rows in row_chunks(layer.view.shape):
         part, cells = weights(rows), held[rows]
@@ -95,8 +97,8 @@ def _estimates(
         for each in sums:
             each.add(rows, part, cells)
     pair = next(candidate for candidate in candidates if candidate.coding.cells == 2)
-    full_scale = pair.gain.astype(np.float64) * pair.coding.span
-    inputs = held.sum(axis=1, dtype=np.float64)
+    full_scale = pair.gain.reshape(len(pair.gain), -1).astype(np.float64) * pair.coding.span
+    inputs = np.stack([held[:, part].sum(axis=1, dtype=np.float64) for part in segments.slices], axis=1)
     return [each.estimate(inputs, full_scale, power or 1.0, unit.options.current_weight) for each in sums]
 
 
@@ -112,24 +114,27 @@ def placed(layer: Layer, nonzero: Flags | None) -> Flags:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """Sums over the weights of each output under one candidate.
+    """Sums over the weights of each segment of each output under one candidate.
 
     Attributes:
         candidate: The candidate.
+        segments: The ranges of inputs.
         stuck: How its cells fail.
-        errors: Expected squared errors but for the shift, in units of difference, float64 [groups * outputs].
-        currents: Conductances of pairs, averaged over slices, siemens, float64 [groups * outputs].
+        errors: Expected squared errors but for the shift, in units of difference, float64 [groups * outputs, segments].
+        currents: Conductances of pairs, averaged over slices, siemens, float64 of the same shape.
     """
 
     candidate: Candidate
+    segments: Segments
     stuck: StuckCell
     errors: Doubles
     currents: Doubles
 
     @classmethod
-    def of(cls, unit: Unit, candidate: Candidate, outputs: int) -> _Sums:
+    def of(cls, unit: Unit, candidate: Candidate, segments: Segments, outputs: int) -> _Sums:
+        errors, currents = np.zeros((2, outputs, len(segments.starts)))
         stuck = stuck_cell(unit, candidate.coding)
-        return cls(candidate=candidate, stuck=stuck, errors=np.zeros(outputs), currents=np.zeros(outputs))
+        return cls(candidate=candidate, segments=segments, stuck=stuck, errors=errors, currents=currents)
 
     def add(self, rows: slice, weights: Floats, placed: Flags) -> None:
         """Add some outputs.
@@ -140,26 +145,28 @@ class _Sums:
             placed: bool [outputs, inputs], which of them take cells.
         """
         coding = self.candidate.coding
-        cells = coding.encode(weights, self.candidate.gain[rows])
+        cells = coding.encode(weights, self.segments.spread(self.candidate.gain[rows]))
         errors = self.stuck.variance_of(coding, cells, np.ones((len(weights), 1), np.float32))
         errors += np.square(np.float32(self.stuck.loss) * coding.difference(cells))
-        self.errors[rows] = errors.sum(axis=1, where=placed, dtype=np.float64)
         currents = coding.conductance(cells).sum(axis=(0, 1)) / coding.slices
-        self.currents[rows] = currents.sum(axis=1, where=placed, dtype=np.float64)
+        for k, part in enumerate(self.segments.slices):
+            self.errors[rows, k] = errors[:, part].sum(axis=1, where=placed[:, part], dtype=np.float64)
+            self.currents[rows, k] = currents[:, part].sum(axis=1, where=placed[:, part], dtype=np.float64)
 
     def estimate(self, inputs: Doubles, full_scale: Doubles, power: float, current_weight: float) -> SchemeEstimate:
         """Return what they come to.
 
         Args:
-            inputs: Weights of each output that take cells, [groups * outputs].
-            full_scale: Weight of the largest difference of a pair, [groups * outputs].
+            inputs: Weights of each segment of each output that take cells, [groups * outputs, segments].
+            full_scale: Weight of the largest difference of a pair, of the same shape.
             power: Sum of all squared weights.
             current_weight: What a unit of current counts, in squared full scales.
         """
         coding = self.candidate.coding
-        gain = self.candidate.gain.astype(np.float64)
+        gain = self.candidate.gain.reshape(inputs.shape).astype(np.float64)
         shift = self.stuck.shift(coding) * inputs
-        error = float(np.sum(gain**2 * (self.errors + shift**2))) / power
+        between = np.square((gain * shift).sum(axis=1)) - np.square(gain * shift).sum(axis=1)  # shifts of segments
+        error = float(np.sum(gain**2 * (self.errors + shift**2)) + between.sum()) / power
         conductance, count = float(self.currents.sum()), float(inputs.sum())
         drawn = (self.currents - coding.cells * coding.g_off * inputs) / (coding.g_on - coding.g_off)
         return SchemeEstimate(

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.copies import check_slice_copies
-from rerampile.deployment import Deployment, footprint, layer_coding
+from rerampile.deployment import Deployment, footprint, layer_coding, layer_segments
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.onnx_file import file_sha256
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region, plan_checksum
 from rerampile.schemes import Coding, row_chunks
+from rerampile.slice_copies import check_slice_copies
 
 __all__ = ["check_checksums", "check_placement", "decode_rows", "weight_bytes"]
 
@@ -58,11 +58,13 @@ def check_placement(deployment: Deployment) -> None:
     No two partitions may share a row or a column.
 
     Raises:
-        PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ.
+        PlanFormatError: A weight is missing or held twice, partitions overlap, leave their array, or twins differ, or
+            the sum of a partition would have two gains.
     """
     plan = deployment.plan
     for layer in plan.layers:
         deployment.cells(layer)  # refuses matrices that the file does not hold, before memory is taken for them
+        deployment.gain(layer)
         _check_view(deployment, layer)
     addresses: set[int] = set()
     for number, array in enumerate(plan.arrays):
@@ -149,6 +151,8 @@ def _paint(
     inputs, outputs = _indices(part, "input", layer.inputs, where), _indices(part, "output", layer.outputs, where)
     if not 0 <= group < layer.groups:
         raise PlanFormatError(f"{where}: group {group}, expected 0 to {layer.groups - 1}")
+    if isinstance(part, Partition):
+        _check_gain(layer, inputs, where)
     rows = cover[group * layer.outputs : (group + 1) * layer.outputs]
     place: Any = (outputs, inputs)
     if not (isinstance(inputs, slice) and isinstance(outputs, slice)):
@@ -160,6 +164,16 @@ def _paint(
         )
     rows[place] = True
     return part.input_count * part.output_count
+
+
+def _check_gain(layer: LayerPlan, inputs: slice | npt.NDArray[np.int64], where: str) -> None:
+    """Check that inputs of a partition lie in one segment: what a column sums is multiplied by one gain."""
+    first, last = (inputs.start, inputs.stop - 1) if isinstance(inputs, slice) else (int(inputs[0]), int(inputs[-1]))
+    if np.ptp(layer_segments(layer).number_of(np.array([first, last]))):
+        raise PlanFormatError(
+            f"{where}: layer '{layer.name}': inputs {first} to {last} on one array are of two segments, which have "
+            f"gains of their own"
+        )
 
 
 def _indices(part: Partition | Region, axis: str, size: int, where: str) -> slice | npt.NDArray[np.int64]:
@@ -272,7 +286,7 @@ def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slic
     """
     coding = layer_coding(deployment.target, layer)
     _check_coding(deployment, layer, coding)
-    cells, gain = deployment.cells(layer), deployment.gain(layer)
+    cells, gain, segments = deployment.cells(layer), deployment.gain(layer), layer_segments(layer)
     low, high = (float(coding.low), float(coding.high)) if coding.levels is None else (0, coding.levels - 1)
     read = 0
     for rows in row_chunks(cells.shape[2:]):
@@ -282,7 +296,7 @@ def decode_rows(deployment: Deployment, layer: LayerPlan) -> Iterator[tuple[slic
                 f"{deployment.conductances.path}: tensor '{layer.cells_tensor}' holds {part.min()} to {part.max()}, "
                 f"expected {low:g} to {high:g}"
             )
-        yield rows, coding.decode(part, gain[rows])
+        yield rows, coding.decode(part, segments.spread(gain[rows]))
         read += part.nbytes
         if read > _PAGES_HELD:
             deployment.conductances.drop_pages()

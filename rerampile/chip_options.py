@@ -204,6 +204,24 @@ defect_options = family(
 )
 """The same for a command that trains with defects, or None for none."""
 
+correction_options = family(
+    (
+        click.option(
+            "--clip",
+            is_flag=True,
+            help="Full scales of the least expected output error on --calibration, which clip the largest weights.",
+        ),
+        click.option(
+            "--correct",
+            is_flag=True,
+            help="Gains and biases that make up for what stuck cells do to outputs on average, on --calibration.",
+        ),
+    ),
+    "corrections",
+    dict,
+)
+"""Gives a command ``corrections``: ``clip`` and ``correct`` of :func:`rerampile.compile_model`."""
+
 # What they are measured on.
 
 _ADAPTERS = "cifar10:DIR or imagefolder:DIR (with @train or @test), coco:IMAGES,instances.json, npz:FILE"

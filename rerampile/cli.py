@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rerampile.chip_options import AskedFault, fault_rate_options, optional_calibration_options
+from rerampile.chip_options import AskedFault, correction_options, fault_rate_options, optional_calibration_options
 from rerampile.command import (
     PATH,
     examples,
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rerampile.deployment import Deployment
+    from rerampile.plan import Vote
     from rerampile.pruning import PrunedModel
+    from rerampile.schemes import Scale
 
 __all__ = ["main"]
 
@@ -198,17 +200,7 @@ def main() -> None:
     help="For optimal and auto: squared error, in full scales, that read current of one cell at g_on is worth.",
 )
 @scale_option
-@click.option(
-    "--clip",
-    is_flag=True,
-    help="Full scales of the least expected output error, which clip the largest weights; on --calibration, or where "
-    "all inputs are alike.",
-)
-@click.option(
-    "--correct",
-    is_flag=True,
-    help="Gains and biases that make up for what stuck cells do to outputs on average, on --calibration.",
-)
+@correction_options
 @click.option(
     "--prune",
     metavar="RATIO|NAME=RATIO,...",
@@ -226,6 +218,11 @@ def main() -> None:
 @click.option("--masks", metavar="FILE", type=PATH, help="Zero what an .npz or .safetensors file of masks says.")
 @click.option("--pack", is_flag=True, help="Let small partitions share arrays.")
 @click.option(
+    "--spend-spare-arrays",
+    is_flag=True,
+    help="Put further copies of the layers that stuck cells hurt most on arrays left over, and average all copies.",
+)
+@click.option(
     "--protect-msb",
     metavar="T",
     type=click.IntRange(min=1),
@@ -237,11 +234,6 @@ def main() -> None:
     default="median",
     show_default=True,
     help="What counts of the three sums of such a slice.",
-)
-@click.option(
-    "--spend-spare-arrays",
-    is_flag=True,
-    help="Put further copies of the layers that stuck cells hurt most on arrays left over, and average all copies.",
 )
 @click.option("--inputs", metavar="FILE.npz", type=PATH, help="Verify with these inputs.  [default: generated ones]")
 @click.option(
@@ -267,17 +259,16 @@ def compile_(
     mapping: str | None,
     faults: AskedFault | None,
     current_weight: float,
-    scale: Literal["channel", "tensor"],
-    clip: bool,
-    correct: bool,
+    scale: Scale,
+    corrections: dict[str, Any],
     prune: float | dict[str, float] | None,
     prune_method: str | None,
     data: dict[str, Any],
     masks: Path | None,
     pack: bool,
-    protect_msb: int | None,
-    vote: Literal["median", "mean"],
     spend_spare_arrays: bool,
+    protect_msb: int | None,
+    vote: Vote,
     inputs: Path | None,
     tolerance: float | None,
     seed: int,
@@ -293,8 +284,8 @@ def compile_(
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
     from rerampile.target import Target
 
-    calibrated, given = clip or correct or spend_spare_arrays, data["data"] is not None
-    if correct and not given:
+    calibrated, given = any(corrections.values()) or spend_spare_arrays, data["data"] is not None
+    if corrections["correct"] and not given:
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
     if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
@@ -321,16 +312,15 @@ def compile_(
             faults=faults(resolved) if faults is not None and (weighed or calibrated) else None,
             current_weight=current_weight,
             scale=scale,
-            clip=clip,
-            correct=correct,
+            **corrections,
             calibration=open_calibration(model, data) if calibrated and given else None,
             calibration_images=data["images"] or CALIBRATION_IMAGES,
             prune=None if pruned else prune,
             masks=masks,
             pack=pack,
+            spend_spare_arrays=spend_spare_arrays,
             protect_msb=protect_msb or 0,
             vote=vote,
-            spend_spare_arrays=spend_spare_arrays,
             inputs=inputs,
             tolerance=tolerance,
             seed=seed,

@@ -26,6 +26,9 @@ __all__ = [
 
 PATH = click.Path(path_type=Path)
 
+# The same as rerampile.schemes.SCALES, which cost the import of numpy.
+_SCALES = ("tensor", "channel", "partition")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -153,8 +156,8 @@ def target_options(command: F) -> F:
 
 scale_option = click.option(
     "--scale",
-    type=click.Choice(["channel", "tensor"]),
+    type=click.Choice(_SCALES),
     default="channel",
     show_default=True,
-    help="One full scale for each output channel, or for the whole tensor.",
+    help="One full scale for each output channel, for the whole tensor, or for each output channel on each array.",
 )

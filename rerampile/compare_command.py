@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rerampile.chip_options import (
     AskedFaults,
+    correction_options,
     data_options,
     effort_options,
     execution_options,
@@ -31,6 +32,9 @@ from rerampile.command import (
 )
 from rerampile.interruption import cleaned_up
 
+if TYPE_CHECKING:
+    from rerampile.schemes import MappingName, Scale
+
 __all__ = ["compare"]
 
 
@@ -38,16 +42,18 @@ __all__ = ["compare"]
     epilog=examples(
         "rerampile compare plain.deployment pruned.deployment --data cifar10:DIR",
         "rerampile compare model.onnx --mappings two_column,offset,differential",
+        "rerampile compare m.onnx --mappings optimal/channel,optimal/partition",
     )
 )
 @click.argument("sources", type=PATH, nargs=-1, required=True)
 @click.option(
     "--mappings",
-    metavar="NAME,...",
-    help="SOURCES is one model: compile it with each of these mappings.",
+    metavar="NAME[/SCALE],...",
+    help="SOURCES is one model: compile it with each of these mappings, and scales where they are there.",
 )
 @target_options
 @scale_option
+@correction_options
 @click.option(
     "--drop", type=float, default=1.0, show_default=True, metavar="X", help="Compare failure rates at X points lost."
 )
@@ -68,7 +74,8 @@ def compare(
     mappings: str | None,
     target: str,
     settings: dict[str, Any],
-    scale: Literal["channel", "tensor"],
+    scale: Scale,
+    corrections: dict[str, Any],
     drop: float,
     data: dict[str, Any],
     metric: dict[str, Any],
@@ -83,22 +90,25 @@ def compare(
     """Run the same chips on several deployments, and report paired differences.
 
     SOURCES are deployment folders, or one model with --mappings. The first is the reference: how many times its
-    failure rate do the others tolerate? Finished chips are kept in the report's folder: interrupted, the same command
-    goes on.
+    failure rate do the others tolerate? --clip and --correct learn from --calibration, or the data's training images.
+    Finished chips are kept in the report's folder: interrupted, the same command goes on.
     """
     import msgspec
 
     from rerampile.deployment import load_deployment
     from rerampile.runtime.comparison import check_alike, check_drop
     from rerampile.runtime.comparison import compare as compare_validations
+    from rerampile.runtime.data import training_split
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.pictures import most_hit_array
     from rerampile.runtime.predict import predict_beside
     from rerampile.runtime.report import write_report
     from rerampile.runtime.validation import validate
+    from rerampile.target import Target
 
     if mappings is None:
-        refuse_given(ctx, ("target", "settings", "scale"), "the folders are compiled already; give --mappings, too")
+        compiling = ("target", "settings", "scale", "clip", "correct")
+        refuse_given(ctx, compiling, "the folders are compiled already; give --mappings, too")
         folders = _distinct(sources)
         check_alike(folders)
     elif len(sources) > 1:
@@ -106,9 +116,13 @@ def compare(
     check_drop(drop)
     place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
     if mappings is not None:
-        folders = _compiled(
-            sources[0], mappings.split(","), place, faults, target=target, settings=settings, scale=scale
-        )
+        resolved = Target.load(target, settings)
+        worst = max(faults(resolved), key=lambda model: model.rate)
+        seen = {**data, "data": execution["calibration"] or training_split(data["data"])}
+        options = {"target": resolved, "faults": worst, **corrections}
+        folders = _compiled(sources[0], _forms(mappings, scale), place, options, seen)
+        if any(corrections.values()) and execution["precision"] == "fp32":
+            execution = {**execution, "calibration": None}  # it has had its effect
     experiments = [
         Experiment(
             folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data, **metric, **execution
@@ -145,35 +159,51 @@ def _distinct(folders: tuple[Path, ...]) -> list[Path]:
     return list(folders)
 
 
+def _forms(mappings: str, scale: Scale) -> dict[str, tuple[MappingName, Scale]]:
+    """Return the mappings and scales that a list names, by the names of their folders."""
+    from rerampile.schemes import known_mapping, known_scale
+
+    forms: dict[str, tuple[MappingName, Scale]] = {}
+    words = [word.strip() for word in mappings.split(",")]
+    for word in words:
+        name, slash, own = word.partition("/")
+        forms[word.replace("/", "-")] = known_mapping(name), known_scale(own) if slash else scale
+    if len(forms) < 2 or len(set(forms.values())) < len(words):
+        raise click.UsageError(f"--mappings {','.join(words)}: expected two or more different ones")
+    return forms
+
+
 def _compiled(
     model: Path,
-    mappings: list[str],
+    forms: dict[str, tuple[MappingName, Scale]],
     place: Path,
-    faults: AskedFaults,
-    *,
-    target: str,
-    settings: dict[str, Any],
-    scale: Any,
+    options: dict[str, Any],
+    seen: dict[str, Any],
 ) -> list[Path]:
-    """Compile a model with each mapping into the report's folder; those that depend on faults take the given ones."""
-    from rerampile.compiler import compile_model
-    from rerampile.schemes import WEIGHED, known_mapping
-    from rerampile.target import Target
+    """Compile a model in each form into the report's folder; what depends on faults and images takes the given ones.
 
-    names = [known_mapping(mapping.strip()) for mapping in mappings]
-    if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise click.UsageError(f"--mappings {','.join(names)}: expected two or more different ones")
-    resolved = Target.load(target, settings)
-    worst = max(faults(resolved), key=lambda model: model.rate)
+    Args:
+        model: The model.
+        forms: Mapping and scale by the name of the folder.
+        place: The report's folder.
+        options: What they have in common, of :func:`rerampile.compile_model`.
+        seen: Calibration images, as fields of an ``Experiment``.
+    """
+    from rerampile.compiler import CALIBRATION_IMAGES, compile_model
+    from rerampile.prune_command import open_calibration
+    from rerampile.schemes import WEIGHED
+
+    calibrated = options["clip"] or options["correct"]
     with cleaned_up():
+        images = open_calibration(model, seen, CALIBRATION_IMAGES) if calibrated else None
         return [
             compile_model(
                 model,
                 out=place / f"{name}.deployment",
-                target=resolved,
-                mapping=name,
-                faults=worst if name in WEIGHED else None,
+                mapping=mapping,
                 scale=scale,
+                calibration=images,
+                **options | ({} if calibrated or mapping in WEIGHED else {"faults": None}),
             ).folder
-            for name in names
+            for name, (mapping, scale) in forms.items()
         ]

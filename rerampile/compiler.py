@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -29,7 +29,7 @@ from rerampile.passes.protect import check_protection
 from rerampile.plan import Vote, read_plan
 from rerampile.pruning import PrunedModel
 from rerampile.runtime.verify import Verify
-from rerampile.schemes import WEIGHED, MappingName, known_mapping
+from rerampile.schemes import WEIGHED, MappingName, Scale, known_mapping, known_scale
 from rerampile.target import Target
 from rerampile.unit import Calibration, CompileOptions, InputMoments, Pass, Unit
 
@@ -58,7 +58,7 @@ def compile_model(
     mapping: str | None = None,
     faults: FaultModel | None = None,
     current_weight: float = 0.0,
-    scale: Literal["tensor", "channel"] = "channel",
+    scale: Scale = "channel",
     clip: bool = False,
     correct: bool = False,
     calibration: Dataset | None = None,
@@ -66,9 +66,9 @@ def compile_model(
     prune: float | Mapping[str, float] | None = None,
     masks: str | os.PathLike[str] | None = None,
     pack: bool = False,
+    spend_spare_arrays: bool = False,
     protect_msb: int = 0,
     vote: Vote = "median",
-    spend_spare_arrays: bool = False,
     inputs: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -87,7 +87,7 @@ def compile_model(
             stuck; a failure rate of 0.001 where None, split as the target says.
         current_weight: For ``optimal`` and ``auto``, how much squared error, in full scales, a unit of read current is
             worth.
-        scale: One full scale for each tensor, or for each output channel.
+        scale: One full scale for each tensor, for each output channel, or for each output channel on each array.
         clip: Whether each full scale is the one of the least expected error on the calibration images, not the largest
             weight; without images all inputs count alike.
         correct: Whether gains and biases make up for what stuck cells do to the outputs on average there.
@@ -96,10 +96,10 @@ def compile_model(
         prune: A magnitude ratio for all layers, or ratios by block or layer name pattern; later ones win.
         masks: A masks file (.npz or .safetensors) instead.
         pack: Whether small partitions share arrays.
-        protect_msb: How many of the most significant slices are to have two copies in cells that pruning freed.
-        vote: What counts of the three sums of such a slice: their ``median``, or their ``mean``.
         spend_spare_arrays: Whether arrays of the target that are left over get further copies of the layers that stuck
             cells hurt most. Copies are averaged.
+        protect_msb: How many of the most significant slices are to have two copies in cells that pruning freed.
+        vote: What counts of the three sums of such a slice: their ``median``, or their ``mean``.
         inputs: Inputs of the verification (.npz); generated where None.
         tolerance: Largest relative output error, or None for the default of the model's arithmetic.
         seed: Seed of generated inputs.
@@ -120,7 +120,7 @@ def compile_model(
     options = CompileOptions(
         mapping=known,
         **_weighing(known, resolved, faults, current_weight, calibrated=weighs_faults),
-        scale=_known_scale(scale),
+        scale=known_scale(scale),
         clip=clip,
         correct=correct,
         calibration={}
@@ -130,9 +130,9 @@ def compile_model(
         pruning={} if pruned is None else dataclasses.asdict(pruned.request),
         masks=None if masks is None else Path(masks),
         pack=pack,
+        spend_spare_arrays=spend_spare_arrays,
         protect_msb=protect_msb,
         vote=_known_vote(vote),
-        spend_spare_arrays=spend_spare_arrays,
         seed=seed,
         inputs=None if inputs is None else Path(inputs),
         tolerance=tolerance,
@@ -427,14 +427,6 @@ def _weighing(
         "categories": faults.categories,
         "current_weight": float(current_weight),
     }
-
-
-def _known_scale(scale: str) -> Literal["tensor", "channel"]:
-    if scale == "tensor":
-        return "tensor"
-    if scale == "channel":
-        return "channel"
-    raise ConfigError(f"scale '{scale}': expected tensor or channel")
 
 
 def _known_vote(vote: str) -> Vote:

@@ -20,6 +20,7 @@ from rerampile.graph import GraphNode
 from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without
 from rerampile.schemes import Coding
+from rerampile.segments import Segments
 from rerampile.weight_slots import slot_of
 
 __all__ = ["CALL_PREFIX", "DOMAIN", "DOMAIN_VERSION", "CellInputs", "FunctionLibrary"]
@@ -42,7 +43,8 @@ class CellInputs:
         coding: Its coding.
         plus: Initializer of the + cells of each slice, [groups * outputs, inputs].
         minus: The same of the - cells; empty for ``offset``.
-        gain: Initializer of the gain, [groups * outputs, 1].
+        gain: Initializer of the gains, [groups * outputs, segments].
+        segments: The ranges of inputs that they are for.
     """
 
     layer: Layer
@@ -50,6 +52,7 @@ class CellInputs:
     plus: tuple[str, ...]
     minus: tuple[str, ...]
     gain: str
+    segments: Segments
 
 
 @dataclass
@@ -78,11 +81,11 @@ class _Body:
     def constant(self, value: float, output: str, element_type: int = _FLOAT) -> str:
         return self.op("Constant", [], output, value=helper.make_tensor(output, element_type, [], [value]))
 
-    def shape(self, name: str, shape: Sequence[int]) -> str:
-        """Return a tensor that holds a shape, which the caller passes as attribute ``name``."""
+    def integers(self, name: str, numbers: Sequence[int]) -> str:
+        """Return a tensor of some whole numbers, a shape mostly, which the caller passes as attribute ``name``."""
         floats_only = self.opset < _INTEGER_CONSTANTS_OPSET
         kind, output = (TensorProto.DOUBLE, f"{name}_numbers") if floats_only else (TensorProto.INT64, f"{name}_ints")
-        values = helper.make_tensor(name, kind, [len(shape)], list(shape))
+        values = helper.make_tensor(name, kind, [len(numbers)], list(numbers))
         self.attributes[name] = helper.make_attribute(name, values)
         node = helper.make_node("Constant", [], [output])
         node.attribute.append(AttributeProto(name="value", ref_attr_name=name, type=AttributeProto.TENSOR))
@@ -187,11 +190,17 @@ def _weight(body: _Body, cells: CellInputs, prefix: str) -> str:
     else:
         negative = body.constant(coding.reference, f"{prefix}reference")
     difference = body.op("Sub", [positive, negative], f"{prefix}difference")
+    if len(cells.segments.starts) > 1:
+        number = cells.segments.number_of(np.arange(view.inputs)).tolist()
+        segment = body.integers(f"{prefix}segment_of_input", number)
+        gain = body.op("Gather", [gain, segment], f"{prefix}gain_of_input", axis=1)
     weight = body.op("Mul", [difference, gain], f"{prefix}matrix")
     if view.permutation is not None:
-        weight = body.op("Reshape", [weight, body.shape(f"{prefix}stored_shape", view.stored_shape)], f"{prefix}stored")
+        stored_shape = body.integers(f"{prefix}stored_shape", view.stored_shape)
+        weight = body.op("Reshape", [weight, stored_shape], f"{prefix}stored")
         weight = body.op("Transpose", [weight], f"{prefix}transposed", perm=list(view.permutation))
-    weight = body.op("Reshape", [weight, body.shape(f"{prefix}weight_shape", view.tensor_shape)], f"{prefix}weight")
+    weight_shape = body.integers(f"{prefix}weight_shape", view.tensor_shape)
+    weight = body.op("Reshape", [weight, weight_shape], f"{prefix}weight")
     if cells.layer.integer or cells.layer.element_type == _FLOAT:
         return weight
     return body.op("Cast", [weight], f"{prefix}weight_cast", to=cells.layer.element_type)
@@ -296,7 +305,7 @@ def _qlinear_conv(body: _Body, node: GraphNode, formals: Mapping[int, str], resu
     if 8 in formals:
         operands.append(body.op("Cast", [formals[8]], "bias_float", to=_FLOAT))
     total = _multiply(body, node, "Conv", operands)
-    column = body.shape("channel_shape", [-1, *[1] * (body.rank - 2)])
+    column = body.integers("channel_shape", [-1, *[1] * (body.rank - 2)])
     weight_scale = body.op("Reshape", [_scale(body, formals, 4), column], "weight_scale")
     factor = body.op("Mul", [_scale(body, formals, 1), weight_scale], "factor")
     _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
@@ -309,7 +318,7 @@ def _qlinear_matmul(body: _Body, node: GraphNode, formals: Mapping[int, str], re
     total = _multiply(body, node, "MatMul", [left, right])
     scale = _scale(body, formals, 1)
     if left_is_weight:
-        scale = body.op("Reshape", [scale, body.shape("row_shape", [-1, 1])], "row_scale")
+        scale = body.op("Reshape", [scale, body.integers("row_shape", [-1, 1])], "row_scale")
     factor = body.op("Mul", [scale, _scale(body, formals, 4)], "factor")
     _requantise(body, total, factor, _scale(body, formals, 6), formals[7], results[0])
 

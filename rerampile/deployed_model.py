@@ -119,8 +119,11 @@ def _cell_inputs(
             found[role].append(name)
     gain = names.new(f"{layer.name}.gain")
     gain_spec = specs[f"{layer.name}.gain"]
-    initializers.append(external_tensor(gain, CONDUCTANCES, replace(gain_spec, shape=(*gain_spec.shape, 1))))
-    return CellInputs(layer=layer, coding=coding, plus=tuple(found["plus"]), minus=tuple(found["minus"]), gain=gain)
+    segments = unit.mapped[layer.name].segments
+    shape = (gain_spec.shape[0], len(segments.starts))
+    initializers.append(external_tensor(gain, CONDUCTANCES, replace(gain_spec, shape=shape)))
+    plus, minus = tuple(found["plus"]), tuple(found["minus"])
+    return CellInputs(layer=layer, coding=coding, plus=plus, minus=minus, gain=gain, segments=segments)
 
 
 def _folded_bias(unit: Unit, layer: Layer) -> npt.NDArray[Any] | None:
@@ -131,7 +134,8 @@ def _folded_bias(unit: Unit, layer: Layer) -> npt.NDArray[Any] | None:
         return None if bias is None else bias.astype(helper.tensor_dtype_to_np_dtype(layer.element_type))
     weights = unit.weights(layer) if layer.input_addend is not None else np.zeros((0, 0), np.float32)
     if layer.input_addend is not None:
-        weights = mapped.coding.decode(mapped.coding.encode(weights, mapped.gain), mapped.gain)
+        gain = mapped.segments.spread(mapped.gain)
+        weights = mapped.coding.decode(mapped.coding.encode(weights, gain), gain)
     bias = layer.bias_with(weights)
     if bias is not None and mapped.addend is not None:
         bias = bias + mapped.addend

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -15,10 +17,11 @@ from rerampile.errors import ConfigError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, SliceCopy, read_plan
 from rerampile.schemes import Coding
+from rerampile.segments import Segments
 from rerampile.target import Target
 from rerampile.tensor_file import TensorFile
 
-__all__ = ["Deployment", "copy_span", "layer_coding", "load_deployment"]
+__all__ = ["Deployment", "copy_span", "layer_coding", "layer_segments", "load_deployment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +73,19 @@ class Deployment:
         return cells
 
     def gain(self, layer: LayerPlan) -> npt.NDArray[np.float32]:
-        """Return a layer's gain, float32 [groups * outputs]."""
+        """Return a layer's gains as stored, float32 [groups * outputs] or [groups * outputs, segments].
+
+        Raises:
+            PlanFormatError: The tensor is missing, of another shape or type, or holds what is no finite number.
+        """
         gain = self.conductances.read(layer.gain_tensor)
-        if gain.shape != (layer.groups * layer.outputs,) or gain.dtype != np.float32:
+        expected = [layer.groups * layer.outputs]
+        if layer.scale == "partition":
+            expected.append(len(layer_segments(layer).starts))
+        if list(gain.shape) != expected or gain.dtype != np.float32:
             raise PlanFormatError(
                 f"{self.conductances.path}: tensor '{layer.gain_tensor}': {gain.dtype} {list(gain.shape)}, "
-                f"expected float32 [{layer.groups * layer.outputs}]"
+                f"expected float32 {expected}"
             )
         if not np.isfinite(gain).all():
             raise PlanFormatError(
@@ -85,7 +95,8 @@ class Deployment:
 
     def weights(self, layer: LayerPlan) -> npt.NDArray[np.float32]:
         """Decode a layer's weights from its cells alone, float32 [groups * outputs, inputs]."""
-        return layer_coding(self.target, layer).decode(self.cells(layer), self.gain(layer))
+        gain = layer_segments(layer).spread(self.gain(layer))
+        return layer_coding(self.target, layer).decode(self.cells(layer), gain)
 
     def array_plan(self, array_id: int) -> ArrayPlan:
         """Return an array of the plan by its id.
@@ -253,6 +264,27 @@ def layer_coding(target: Target, layer: LayerPlan) -> Coding:
         slices=layer.slices,
         common_modes=None if layer.common_modes is None else tuple(layer.common_modes),
     )
+
+
+def layer_segments(layer: LayerPlan) -> Segments:
+    """Return the ranges of a layer's inputs that its gains are for.
+
+    Raises:
+        PlanFormatError: They are not one after another from the first input to the last, or there for another scale
+            than ``partition``.
+    """
+    if layer.scale != "partition" and layer.segments is msgspec.UNSET:
+        return Segments.whole(layer.inputs)
+    ranges = [] if layer.segments is msgspec.UNSET else layer.segments
+    ends = [0, *(last for _, last in ranges)]
+    joined = [first for first, _ in ranges] == ends[:-1] and ends[-1] == layer.inputs
+    if layer.scale != "partition" or not joined or not all(first < last for first, last in ranges):
+        raise PlanFormatError(
+            f"layer '{layer.name}': scale {layer.scale} with segments {reprlib.repr([list(each) for each in ranges])}, "
+            f"expected ranges one after another from 0 to {layer.inputs} for scale partition, none for others; the "
+            f"plan was changed"
+        )
+    return Segments(tuple(first for first, _ in ranges), layer.inputs)
 
 
 def load_deployment(folder: str | os.PathLike[str]) -> Deployment:

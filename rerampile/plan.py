@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from msgspec import Meta
 from rerampile.errors import PlanFormatError
 from rerampile.files import require_regular
 from rerampile.matrix_view import MatrixView
-from rerampile.schemes import Scheme
+from rerampile.schemes import Scale, Scheme
 
 __all__ = [
     "FORMAT_VERSION",
@@ -156,6 +157,13 @@ class Conventions(_Record, kw_only=True, frozen=True):
     shared_arrays: str = "rows that belong to other layers than the running one are not driven"
     faults: str = "stuck_on = fixed at G_on (LRS); stuck_off = fixed at G_off (HRS)"
 
+    @classmethod
+    def of(cls, layers: Sequence[LayerPlan]) -> Conventions:
+        """Return the conventions of a plan with these layers."""
+        if all(layer.segments is msgspec.UNSET for layer in layers):
+            return cls()
+        return cls(weight=cls().weight.replace("gain[output]", "gain[output, segment of the input]"))
+
 
 class FileRecord(_Record, kw_only=True, frozen=True):
     """A file of the deployment folder.
@@ -253,7 +261,7 @@ class ClipPlan(_Record, kw_only=True, frozen=True):
 
     Attributes:
         clipped: Weights that were larger than the full scale, and are held as large as it.
-        full_scale: Full scale as a share of the largest magnitude that it is for, mean over the outputs.
+        full_scale: Full scale as a share of the largest magnitude that it is for, mean over all full scales.
         output_change: What clipping changes where no cell is stuck.
         error: Expected with stuck cells, clipping included, behind gains and biases that make up for the mean where
             these are corrected; null where no scale was chosen.
@@ -332,8 +340,11 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
         zero_cells: What the cells of a zero weight hold, [slices][cells], as in the cells tensor.
         unit: What cell values are counted in: siemens, or steps between levels that are uniform in conductance.
         cells_tensor: Name of the cells in the conductance file, [slices, cells, groups * outputs, inputs].
-        gain_tensor: Name of the gains there, float32 [groups * outputs], in weight units a ``unit``.
-        scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        gain_tensor: Name of the gains there, float32 [groups * outputs], or [groups * outputs, segments] where there
+            are segments, in weight units a ``unit``.
+        scale: What one full scale of the cells is for: the tensor, each output, or each output of each partition.
+        segments: The ranges of inputs whose sums have gains of their own, one after another from the first input to
+            the last; left out but for scale ``partition``.
         zeros: Weights that are exactly zero.
         sparsity: Their share.
         decoded_sha256: Hash of the decoded weights, little-endian float32 [groups * outputs, inputs].
@@ -371,7 +382,8 @@ class LayerPlan(_Record, kw_only=True, frozen=True):
     unit: Literal["S", "level"]
     cells_tensor: str
     gain_tensor: str
-    scale: Literal["tensor", "channel"]
+    scale: Scale
+    segments: list[Range] | msgspec.UnsetType = msgspec.UNSET
     zeros: Count
     sparsity: Fraction
     decoded_sha256: Sha256
@@ -608,7 +620,7 @@ class Totals(_Record, kw_only=True, frozen=True):
         arrays_without_pruning: Arrays that the same model would take with no row and no column left out, unpacked.
         arrays_before_packing: Arrays with rows and columns left out, unpacked.
         arrays_saved_by_pruning: ``arrays_without_pruning`` less ``arrays_before_packing``.
-        arrays_saved_by_packing: ``arrays_before_packing`` less ``arrays``, but for those that hold copies alone.
+        arrays_saved_by_packing: ``arrays_before_packing`` less the arrays that hold weights.
         weights_without_cells: Weights in skipped regions.
         mean_pair_conductance: Mean conductance of the cells of a weight in one slice, summed over its pair, siemens,
             over the cells that sit on arrays.

@@ -67,7 +67,7 @@ def plan_of(unit: Unit, mean_conductance: Mapping[str, float]) -> Plan:
         ),
         target=unit.target.to_dict(),
         options=_options(unit),
-        conventions=Conventions(),
+        conventions=Conventions.of(layers),
         files={},
         totals=totals_of(
             unit.target,
@@ -95,10 +95,10 @@ def _options(unit: Unit) -> dict[str, Any]:
         del options["categories"]
     if unit.calibration is None:
         options = {key: value for key, value in options.items() if key not in ("clip", "correct", "calibration")}
-    if not unit.options.protect_msb:
-        options = {key: value for key, value in options.items() if key not in ("protect_msb", "vote")}
     if not unit.options.spend_spare_arrays:
         options.pop("spend_spare_arrays")
+    if not unit.options.protect_msb:
+        options = {key: value for key, value in options.items() if key not in ("protect_msb", "vote")}
     return {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
 
 
@@ -130,6 +130,7 @@ def _layer_plan(unit: Unit, layer: Layer, mean_conductance: float) -> LayerPlan:
         cells_tensor=f"{layer.name}.cells",
         gain_tensor=f"{layer.name}.gain",
         scale=unit.options.scale,
+        segments=mapped.segments.ranges if unit.options.scale == "partition" else msgspec.UNSET,
         zeros=mapped.zeros,
         sparsity=mapped.zeros / weights,
         decoded_sha256=NO_SHA256,  # verify decodes, and fills it in

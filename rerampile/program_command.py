@@ -44,7 +44,7 @@ _IMAGES = 256
 @click.option(
     "--steps",
     metavar="NAME,...",
-    help="Some of compensate, assign, flip, repair, gain, bias.  [default: all; repair and bias need --calibration]",
+    help="Some of compensate, assign, flip, repair, gain, bias.  [default: all; without --calibration the first three]",
 )
 @optional_calibration_options
 @click.option(
@@ -75,14 +75,14 @@ def program(
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
-    from rerampile.runtime.layer_program import CALIBRATED, STEPS
+    from rerampile.runtime.layer_program import STEPS, UNCALIBRATED
     from rerampile.show_program import show_bins, show_chip
     from rerampile.terminal import console
 
     requirements = [ChipRequirement.parse(text) for text in required]
     calibrated = data["data"] is not None
-    wanted = [step for step in STEPS if calibrated or step not in CALIBRATED] if steps is None else steps.split(",")
-    ordered = check_steps(wanted, calibrated)
+    wanted = STEPS if calibrated else UNCALIBRATED
+    ordered = check_steps(wanted if steps is None else steps.split(","), calibrated)
     deployment = load_deployment(folder)
     deployment.require_outside(out)
     sources = chip_sources(fault_map, deployment, out)

@@ -19,7 +19,7 @@ from rerampile.background import side_by_side
 from rerampile.checks import weight_bytes
 from rerampile.chip_calibration import Calibration
 from rerampile.compiler import written_whole
-from rerampile.deployment import Deployment, layer_coding, load_deployment
+from rerampile.deployment import Deployment, layer_coding, layer_segments, load_deployment
 from rerampile.digital_bias import shifted_model
 from rerampile.errors import ConfigError, InternalError
 from rerampile.files import CONDUCTANCES, DEPLOYED, FAULTS, PLAN, REFERENCE
@@ -264,10 +264,11 @@ def program_chip(
 def _layer_plan(deployment: Deployment, number: int, program: LayerProgram) -> LayerPlan:
     """Return a layer's part of the plan with what its cells now hold."""
     layer, cells, gain = program.plan, program.cells, program.gain
+    segments = layer_segments(layer)
     coding = layer_coding(deployment.target, layer)
     digest, zeros, sums = hashlib.sha256(), 0, []
     for rows in row_chunks(cells.shape[2:]):
-        weights = coding.decode(cells[:, :, rows], gain[rows])
+        weights = coding.decode(cells[:, :, rows], segments.spread(gain[rows]))
         digest.update(weight_bytes(weights))
         zeros += weights.size - int(np.count_nonzero(weights))
         sums.append(float(coding.conductance(cells[:, :, rows]).sum(dtype=np.float64)))

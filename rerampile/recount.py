@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from rerampile.copies import protection_of
 from rerampile.crossbar_functions import CALL_PREFIX, DOMAIN
 from rerampile.deployment import Deployment, layer_coding
 from rerampile.digital_bias import check_shifts
@@ -21,6 +20,7 @@ from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
 from rerampile.plan import Conventions, CopiesPlan
 from rerampile.schemes import row_chunks
+from rerampile.slice_copies import protection_of
 from rerampile.totals import totals_of, weights_without_cells
 
 __all__ = ["check_counts", "check_nodes", "check_sums"]
@@ -35,7 +35,7 @@ def check_sums(deployment: Deployment) -> None:
         PlanFormatError: One of them differs.
     """
     plan = deployment.plan
-    _compare(deployment, "$.conventions", plan.conventions, Conventions())
+    _compare(deployment, "$.conventions", plan.conventions, Conventions.of(plan.layers))
     totals = totals_of(
         deployment.target,
         plan.layers,

@@ -42,13 +42,16 @@ from rerampile.errors import ConfigError, did_you_mean
 
 __all__ = [
     "MAPPINGS",
+    "SCALES",
     "SCHEMES",
     "TABLE_LIMIT",
     "WEIGHED",
     "Coding",
     "MappingName",
+    "Scale",
     "Scheme",
     "known_mapping",
+    "known_scale",
     "row_chunks",
 ]
 
@@ -58,6 +61,9 @@ MappingName = Literal[Scheme, "auto"]
 MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
 WEIGHED = ("optimal", "auto")
 """Mappings that depend on how likely cells are stuck."""
+Scale = Literal["tensor", "channel", "partition"]
+"""What one full scale is for: a tensor, an output channel, or the piece of an output channel that is on one array."""
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -76,6 +82,18 @@ def known_mapping(name: str) -> MappingName:
         if mapping == name:
             return mapping
     raise ConfigError(f"mapping '{name}': no such scheme{did_you_mean(name, MAPPINGS)}")
+
+
+def known_scale(name: str) -> Scale:
+    """Return the scale of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for scale in SCALES:
+        if scale == name:
+            return scale
+    raise ConfigError(f"scale '{name}': expected {', '.join(SCALES[:-1])} or {SCALES[-1]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +201,10 @@ class Coding:
         return signs
 
     def gain(self, full_scale: Array) -> Floats:
-        """Return the gain, float32 [outputs]: weight units a unit of difference, zero scales read as one.
+        """Return the gain, float32 of the same shape: weight units a unit of difference, zero scales read as one.
 
         Args:
-            full_scale: Largest magnitude to represent in each output, [outputs].
+            full_scale: Largest magnitude to represent in each output, [outputs], or in each segment of one.
         """
         safe = np.where(full_scale > 0, full_scale, 1.0).astype(np.float64)
         return np.maximum(safe / self.span, np.finfo(np.float32).tiny).astype(np.float32)
@@ -204,23 +222,30 @@ class Coding:
 
         Args:
             weights: float32 [outputs, inputs], finite.
-            gain: float32 [outputs].
+            gain: float32 [outputs], or as it meets the weights, [outputs, inputs] or [outputs, 1].
             out: Where to write the cells, or None for a new array.
         """
+        gain = _column(gain)
         out = np.empty((self.slices, self.cells, *weights.shape), self.dtype) if out is None else out
         for rows in row_chunks(weights.shape):
             part = out[:, :, rows]
             if self.levels is None:
-                self._encode_analog(np.divide(weights[rows], gain[rows, None], out=part[0, -1]), part)
+                self._encode_analog(np.divide(weights[rows], gain[rows], out=part[0, -1]), part)
             else:
-                self._encode_levels(weights[rows] / gain[rows, None], part)
+                self._encode_levels(weights[rows] / gain[rows], part)
         return out
 
     def decode(self, cells: Array, gain: Floats) -> Floats:
-        """Return the weights, float32 [outputs, inputs], that cells [slices, cells, outputs, inputs] hold."""
+        """Return the weights, float32 [outputs, inputs], that cells [slices, cells, outputs, inputs] hold.
+
+        Args:
+            cells: The cells.
+            gain: As of :meth:`encode`.
+        """
+        gain = _column(gain)
         out = np.empty(cells.shape[2:], np.float32)
         for rows in row_chunks(out.shape):
-            np.multiply(self.difference(cells[:, :, rows]), gain[rows, None], out=out[rows])
+            np.multiply(self.difference(cells[:, :, rows]), gain[rows], out=out[rows])
         return out
 
     def difference(self, cells: Array) -> Floats:
@@ -264,7 +289,7 @@ class Coding:
         return (self.g_off + cells * ((self.g_on - self.g_off) / (self.levels - 1))).astype(np.float32)
 
     def error_bound(self, gain: Floats) -> npt.NDArray[np.float64]:
-        """Return the largest ``|decode(encode(w)) - w|`` of each output: float32 rounding, or half a level."""
+        """Return the largest ``|decode(encode(w)) - w|`` for each gain: float32 rounding, or half a level."""
         rounding = 4 * float(np.finfo(np.float32).eps) * max(self.high, abs(self.reference))
         half_level = 0.0
         if self.integer:
@@ -406,6 +431,11 @@ class Coding:
     def _nearest(self, target: Array) -> npt.NDArray[np.int64]:
         """Return the position in :attr:`_values` nearest to each target."""
         return np.searchsorted((self._values[1:] + self._values[:-1]) / 2, target).astype(np.int64)
+
+
+def _column(gain: Floats) -> Floats:
+    """Return gains as they meet weights [outputs, inputs]."""
+    return gain[:, None] if gain.ndim == 1 else gain
 
 
 def row_chunks(shape: tuple[int, ...]) -> list[slice]:

@@ -12,6 +12,7 @@ import click
 
 from rerampile.chip_options import (
     AskedFaults,
+    correction_options,
     data_options,
     family,
     fault_options,
@@ -26,6 +27,7 @@ from rerampile.prune_command import open_calibration, pruning_options
 
 if TYPE_CHECKING:
     from rerampile.runtime.progressive import SearchStep
+    from rerampile.schemes import Scale
 
 __all__ = ["search"]
 
@@ -64,12 +66,15 @@ _rules_options = family(_RULES_OPTIONS, "rules", dict)
 @target_options
 @click.option("--mapping", metavar="NAME", help="How a weight becomes cells.  [default: the target's]")
 @scale_option
+@correction_options
 @fault_options
 @data_options
 @metric_options
 @click.option("--selection", metavar="DATA", help="What steps are judged by.  [default: the data, @train]")
 @click.option("--selection-images", type=click.IntRange(1), default=1000, show_default=True, help="As many of these.")
-@click.option("--calibration", metavar="DATA", help="What pruning learns from.  [default: the data, @train]")
+@click.option(
+    "--calibration", metavar="DATA", help="What pruning, --clip and --correct learn from.  [default: the data, @train]"
+)
 @click.option("--calibration-images", type=click.IntRange(1), default=256, show_default=True, help="As many of these.")
 @pruning_options
 @click.option(
@@ -104,7 +109,8 @@ def search(
     target: str,
     settings: dict[str, Any],
     mapping: str | None,
-    scale: Literal["channel", "tensor"],
+    scale: Scale,
+    corrections: dict[str, Any],
     faults: AskedFaults,
     data: dict[str, Any],
     metric: dict[str, Any],
@@ -151,6 +157,7 @@ def search(
         target=resolved,
         mapping=mapping,
         scale=scale,
+        **corrections,
         pruning=PruneRequest(**pruning),
         calibration=open_calibration(model, learned),
         calibration_images=calibration_images,

@@ -32,7 +32,7 @@ from rerampile.runtime.progressive import Hopeless, Measured, Rules, SearchStep,
 from rerampile.runtime.search_report import Outcome, SearchReport, beside
 from rerampile.runtime.session import open_session
 from rerampile.runtime.validation import ValidationReport, validate
-from rerampile.schemes import WEIGHED
+from rerampile.schemes import WEIGHED, Scale
 from rerampile.target import Target
 
 __all__ = ["DEPLOYMENT", "UNFINISHED", "SearchRequest", "remove_unfinished", "search_model"]
@@ -53,8 +53,10 @@ class SearchRequest:
         target: The hardware.
         mapping: As of :func:`rerampile.compile_model`.
         scale: As of :func:`rerampile.compile_model`.
+        clip: The same.
+        correct: The same.
         pruning: How blocks are pruned; its ratios are what is searched.
-        calibration: Images that pruning learns from.
+        calibration: Images that pruning, clipping and correcting learn from.
         calibration_images: How many of them.
         selection: Chips, of one fault model, and data by which steps are judged; its folder has no meaning.
         reported: The same for the final figures; other data than those of ``selection`` where there are any.
@@ -70,7 +72,9 @@ class SearchRequest:
     model: Path
     target: Target
     mapping: str | None = None
-    scale: Literal["tensor", "channel"] = "channel"
+    scale: Scale = "channel"
+    clip: bool = False
+    correct: bool = False
     pruning: PruneRequest
     calibration: Dataset
     calibration_images: int = 256
@@ -238,6 +242,7 @@ class _Steps:
     def compile(self, ratios: Mapping[str, float], out: Path) -> Deployment:
         """Prune and compile."""
         request, pruned = self._request, {block: ratio for block, ratio in ratios.items() if ratio > 0}
+        calibrated = request.clip or request.correct
         source = (
             prune_model(
                 self._graph,
@@ -254,8 +259,12 @@ class _Steps:
             out=out,
             target=request.target,
             mapping=request.mapping,
-            faults=request.selection.faults[0] if self.mapping in WEIGHED else None,
+            faults=request.selection.faults[0] if calibrated or self.mapping in WEIGHED else None,
             scale=request.scale,
+            clip=request.clip,
+            correct=request.correct,
+            calibration=request.calibration if calibrated else None,
+            calibration_images=request.calibration_images,
         )
 
     def _run(self, ratios: Mapping[str, float], experiment: Experiment, runs: int) -> Measured:
@@ -309,6 +318,7 @@ class _Steps:
             "target": request.target.to_dict(),
             "mapping": self.mapping,
             "scale": request.scale,
+            "corrected": [request.clip, request.correct],
             "pruning": asdict(replace(self._pruning, ratios={})),
             "calibration": [request.calibration.digest, request.calibration_images],
             "faults": selection.faults[0].key,

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rerampile.cell_picture import cell_picture
 from rerampile.deployment import Deployment, copy_span, layer_coding, partition_blocks
+from rerampile.failed_cells import FailedCells
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
@@ -254,6 +255,8 @@ def _totals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         names = _shortened([f"'{printable(name)}'" for name in plan.model.fixed_inputs])
         yield "inputs", f"{names}: the default values are in cells and biases, others have no effect there"
     yield "target", f"{printable(target.name)}: arrays of {grid}"
+    if target.failed_cells != FailedCells():
+        yield "failed cells", _failed_words(target)
     yield (
         "mapping",
         f"{schemes}, one scale a {scales}; a pair conducts {siemens_text(totals.mean_pair_conductance)} on average",
@@ -287,6 +290,15 @@ def _protection(plan: Plan, found: ProtectionPlan) -> str:
     more = plan.totals.arrays - found.arrays_without_protection
     where = "on arrays that hold weights" if not more else f"there and on {more:,} of the arrays that pruning freed"
     return f"{share}: two copies of {_number(found.slices, 'slice')} each, {where}; the {found.vote} of three counts"
+
+
+def _failed_words(target: Target) -> str:
+    """Return how the hardware treats failed cells, and how many of them are of which kind."""
+    failed, limits = target.failed_cells, target.failed_limits
+    between = f", {' to '.join(siemens_text(limit) for limit in limits)}" if failed.response == "bounded" else ""
+    total = sum(category.share for category in failed.categories.values())
+    kinds = [f"{c.share / total:.0%} {name.replace('_', '-')}" for name, c in failed.categories.items()]
+    return f"{failed.response.replace('_', ' ')}{between}{'; ' if kinds else ''}{', '.join(kinds)}"
 
 
 def _outputs(found: Verification) -> str:

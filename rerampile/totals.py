@@ -9,7 +9,7 @@ import msgspec
 from rerampile.plan import ArrayPlan, LayerPlan, Region, Totals
 from rerampile.target import Target
 
-__all__ = ["arrays_spent", "totals_of", "weights_without_cells"]
+__all__ = ["arrays_needed", "arrays_spent", "totals_of", "weights_without_cells"]
 
 
 def totals_of(
@@ -40,7 +40,6 @@ def totals_of(
     pairs = sum(p.cells * count * p.mean_cell_conductance for p, count in zip(layers, on_arrays, strict=True))
     weights, zeros = sum(counts), sum(layer.zeros for layer in layers)
     cells = len(arrays) * target.rows * target.columns
-    spent = arrays_spent(arrays)
     used = sum(_weights_of(array) * len(array.roles) * len(array.slices) for array in arrays)
     return Totals(
         layers=len(layers),
@@ -55,17 +54,22 @@ def totals_of(
         arrays_without_pruning=arrays_without_pruning,
         arrays_before_packing=arrays_before_packing,
         arrays_saved_by_pruning=arrays_without_pruning - arrays_before_packing,
-        arrays_saved_by_packing=arrays_before_packing - (len(arrays) - spent),
+        arrays_saved_by_packing=arrays_before_packing - arrays_needed(arrays),
         weights_without_cells=sum(left_out),
         mean_pair_conductance=pairs / sum(on_arrays) if any(held) else 0.0,
         digital_operations=digital,
-        arrays_spent=spent if any(layer.copies for layer in layers) else msgspec.UNSET,
+        arrays_spent=arrays_spent(arrays) if any(layer.copies for layer in layers) else msgspec.UNSET,
     )
 
 
 def arrays_spent(arrays: Sequence[ArrayPlan]) -> int:
     """Return how many arrays hold nothing but further copies of layers."""
-    return sum(all(partition.copy for partition in array.partitions) for array in arrays)
+    return sum(bool(array.partitions) and all(partition.copy for partition in array.partitions) for array in arrays)
+
+
+def arrays_needed(arrays: Sequence[ArrayPlan]) -> int:
+    """Return how many arrays hold the first copy of something: those that there are without any further copies."""
+    return sum(any(not partition.copy for partition in array.partitions) for array in arrays)
 
 
 def weights_without_cells(layers: int, skipped: Sequence[Region]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from rerampile.plan import (
     Vote,
 )
 from rerampile.pruning import PrunedModel
-from rerampile.schemes import Coding, MappingName
+from rerampile.schemes import Coding, MappingName, Scale
+from rerampile.segments import Segments
 from rerampile.target import Target
 
 __all__ = ["Calibration", "CompileOptions", "InputMoments", "MappedLayer", "Mask", "Pass", "Unit"]
@@ -42,7 +43,7 @@ class CompileOptions:
         stuck_on: Probability that a cell is stuck on, the same.
         categories: Probabilities of other ways in which cells fail, by name, where there are any.
         current_weight: What read current counts beside error, for the same mappings.
-        scale: Whether the full scale of the cells is one for the tensor or one for each output.
+        scale: What one full scale of the cells is for.
         clip: Whether full scales are those of the least expected error.
         correct: Whether gains and biases make up for mean errors.
         calibration: The ``data`` that both are chosen from, and how many ``images``; empty where there are none.
@@ -50,9 +51,9 @@ class CompileOptions:
         pruning: How the model was pruned from calibration images before; empty where it was not.
         masks: A masks file, or None.
         pack: Whether small partitions of different layers share arrays.
+        spend_spare_arrays: Whether arrays that are left over get further copies of layers, to be averaged.
         protect_msb: How many of the most significant slices are to have copies.
         vote: How three readings of them become one.
-        spend_spare_arrays: Whether arrays that are left over get further copies of layers, to be averaged.
         seed: Seed of the generated inputs of the verification.
         inputs: An .npz file of inputs for the verification, or None to generate them.
         tolerance: Largest relative output error of the deployed model, or None for the default.
@@ -64,7 +65,7 @@ class CompileOptions:
     stuck_on: float | None = None
     categories: Mapping[str, float] = field(default_factory=dict)
     current_weight: float = 0.0
-    scale: Literal["tensor", "channel"] = "channel"
+    scale: Scale = "channel"
     clip: bool = False
     correct: bool = False
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -72,9 +73,9 @@ class CompileOptions:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
     pack: bool = False
+    spend_spare_arrays: bool = False
     protect_msb: int = 0
     vote: Vote = "median"
-    spend_spare_arrays: bool = False
     seed: int = 0
     inputs: Path | None = None
     tolerance: float | None = None
@@ -100,11 +101,13 @@ class MappedLayer:
 
     Attributes:
         coding: The coding of a weight into cells.
-        gain: float32 [groups * outputs], weight units a unit of difference.
+        gain: float32 [groups * outputs], weight units a unit of difference; [groups * outputs, segments] for the scale
+            ``partition``.
+        segments: The ranges of inputs that these are for; one of all inputs for the other scales.
         nonzero: bool [groups * outputs, inputs], where a weight is not zero; None where none is.
         zeros: Number of zero weights.
         choice: Why the layer has its scheme, for mappings that weigh schemes.
-        limit: float32 [groups * outputs], what weights are clipped to, infinite where nothing is clipped; None where
+        limit: float32, shaped as ``gain``: what weights are clipped to, infinite where nothing is clipped; None where
             nothing of the layer is.
         clip: How full scales were chosen, where that was asked for.
         factor: float32 [groups * outputs], what corrects the gain, and so the weights that it gives; None for ones.
@@ -116,6 +119,7 @@ class MappedLayer:
 
     coding: Coding
     gain: npt.NDArray[np.float32] = field(repr=False)
+    segments: Segments
     nonzero: npt.NDArray[np.bool_] | None = field(repr=False)
     zeros: int
     choice: MappingChoice | None = None
@@ -142,7 +146,7 @@ class MappedLayer:
             unfolded: The magnitude of what is still to be folded into them, [rows, inputs] or broadcastable to it.
         """
         if self.limit is not None:
-            limit = np.broadcast_to(self.limit[rows, None], weights.shape)
+            limit = np.broadcast_to(self.segments.spread(self.limit[rows]), weights.shape)
             limit = np.divide(limit, unfolded, out=np.full_like(weights, np.inf), where=np.asarray(unfolded) > 0)
             weights = np.clip(weights, -limit, limit)
         return weights if self.factor is None else weights * self.factor[rows, None]

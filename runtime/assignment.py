@@ -21,13 +21,14 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from rerampile.background import side_by_side
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.plan import ArrayPlan, Partition, Plan
 from rerampile.runtime.compensation import HitWeights
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.inject import as_read, column_parts
 from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding, row_chunks
+from rerampile.segments import Segments
 
 __all__ = ["Assignment", "assigned"]
 
@@ -181,6 +182,7 @@ class _Sites:
             position=np.concatenate(position),
             part=np.concatenate(part),
             segment=none,
+            input_segment=none,
             conductance=np.concatenate(conductance),
             cell=none,
             number=none,
@@ -207,7 +209,8 @@ class _Layer:
         coding: Its coding.
         wanted: float32 [1, groups * outputs, inputs], differences; without compensation the value of each cell,
             [slices * cells, groups * outputs, inputs].
-        gain: float64 [groups * outputs], squared.
+        gain: float64 [groups * outputs, segments], squared.
+        segments: The ranges of inputs that gains are for.
         power: float64 [groups, inputs], mean of x^2.
         outputs: Outputs of a group.
         compensating: Whether healthy cells make up for stuck ones.
@@ -217,6 +220,7 @@ class _Layer:
     coding: Coding
     wanted: Floats
     gain: Doubles
+    segments: Segments
     power: Doubles
     outputs: int
     compensating: bool
@@ -237,7 +241,8 @@ class _Layer:
         return cls(
             coding=coding,
             wanted=wanted,
-            gain=np.square(deployment.gain(layer).astype(np.float64)),
+            gain=np.square(deployment.gain(layer).astype(np.float64)).reshape(layer.groups * layer.outputs, -1),
+            segments=layer_segments(layer),
             power=power if moments is None else np.einsum("gii->gi", moments).astype(np.float64),
             outputs=layer.outputs,
             compensating=compensating,
@@ -252,7 +257,8 @@ class _Layer:
         outputs = np.array(partition.output_indices)
         rows = group * self.outputs + outputs
         block = np.ascontiguousarray(self.wanted[:, rows[:, None], inputs])
-        by_output = _Axis(block, self.gain[rows], sites.slot, room.slots)
+        segment = self.segments.number_of(inputs[:1])  # of a partition, whose inputs have one
+        by_output = _Axis(block, self.gain[rows, segment], sites.slot, room.slots)
         by_input = _Axis(np.ascontiguousarray(block.swapaxes(1, 2)), self.power[group, inputs], sites.row, room.rows)
         slot, row = np.array(partition.slot_places), np.array(partition.row_places)
         before = slot, row

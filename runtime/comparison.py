@@ -56,7 +56,8 @@ class Compared(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         name: Its name in the comparison.
-        same_cells: Whether its arrays are those of the reference, so that the same cells are stuck on each chip.
+        same_cells: Whether its arrays are those of the reference, and rates split alike, so that the same cells are
+            stuck on each chip.
         tolerated: Failure rate at which the mean drop, against its own fault-free model, reaches the asked one.
         times: How many times the failure rate that the reference tolerates; null for the reference itself.
         differences: By failure rate; empty for the reference itself.
@@ -151,7 +152,7 @@ def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> Co
         compared=[
             Compared(
                 name=validation.folder,
-                same_cells=validation.plan["plan"] == reference.plan["plan"],
+                same_cells=_cells(validation) == _cells(reference),
                 tolerated=_known(tolerated_rate(curve, drop)),
                 times=None if validation is reference else _known(rate_ratio(curve, curves[0], drop)),
                 differences=[] if validation is reference else _differences(validation, reference, metric),
@@ -160,6 +161,13 @@ def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> Co
         ],
         validations=list(validations),
     )
+
+
+def _cells(validation: ValidationReport) -> tuple[object, ...]:
+    """Return what decides which cells are stuck, and how: their places, and how rates split into states."""
+    splits = [(r.faults.stuck_off, r.faults.stuck_on, r.faults.categories or {}) for r in validation.rates]
+    asked = [(off, on, {name: count.asked for name, count in found.items()}) for off, on, found in splits]
+    return validation.plan["plan"], asked
 
 
 def _curve(validation: ValidationReport, metric: str) -> Curve:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment, copy_span
+from rerampile.deployment import Deployment, copy_span, layer_segments
 from rerampile.errors import ConfigError
 from rerampile.plan import ArrayPlan, SliceCopy
 from rerampile.runtime.fault_map import ChipGeometry
@@ -45,8 +45,8 @@ class CopyPlaces:
         input_at: Where the inputs of each begin in ``inputs``.
         inputs: The inputs of all rows.
         column_at: Where the columns of each begin in ``columns``.
-        columns: What each column is, [3, columns]: the flat position in the matrix of the first weight of its output,
-            slice * cells + role, and the column segment of the partition's own column.
+        columns: What each column is, [4, columns]: the flat position in the matrix of the first weight of its output,
+            slice * cells + role, and the column segment and the range of inputs of the partition's own column.
     """
 
     first: Integers
@@ -80,13 +80,13 @@ class CopyPlaces:
             input_at=np.cumsum([0, *(len(each) for each in inputs)]),
             inputs=np.concatenate([np.zeros(0, np.int64), *inputs]),
             column_at=np.cumsum([0, *(each.shape[1] for each in columns)]),
-            columns=np.concatenate([np.zeros((3, 0), np.int64), *columns], axis=1),
+            columns=np.concatenate([np.zeros((4, 0), np.int64), *columns], axis=1),
         )
 
     def resolve(
         self, cell: Integers, conductance: npt.NDArray[np.float32], geometry: ChipGeometry
     ) -> StuckCells | None:
-        """Return the cells that lie in copies; None where there are no copies.
+        """Return the faults in copies; None where there are no copies.
 
         Args:
             cell: int64 [cells], as the geometry counts them.
@@ -107,7 +107,8 @@ class CopyPlaces:
         found = np.flatnonzero(copy >= 0)
         copy, row, column = copy[found], row[found], column[found]
         input_ = self.inputs[self.input_at[copy] + row - self.span[0, copy]]
-        start, part, segment = self.columns[:, self.column_at[copy] + column - self.span[2, copy]]
+        own = self.column_at[copy] + column - self.span[2, copy]
+        start, part, segment, input_segment = self.columns[:, own]
         return StuckCells(
             layer=self.layer[copy],
             at_home=np.ones(len(copy), np.bool_),
@@ -115,6 +116,7 @@ class CopyPlaces:
             position=start + input_,
             part=part,
             segment=segment,
+            input_segment=input_segment,
             conductance=conductance[found],
             cell=cell[found],
             number=self.number[copy],
@@ -130,4 +132,13 @@ def _columns(deployment: Deployment, array: ArrayPlan, copy: SliceCopy, segments
     outputs = np.array(copy.output_indices)
     own = home.column + np.searchsorted(home.output_indices, outputs) * len(array.slices) * len(array.roles)
     start, segment = outputs * layer.inputs, segments[copy.array, own]
-    return np.stack([np.repeat(start, len(part)), np.tile(part, len(outputs)), np.repeat(segment, len(part))])
+    input_segment = layer_segments(layer).number_of(np.array(home.input_indices[:1]))
+    each = len(part)
+    return np.stack(
+        [
+            np.repeat(start, each),
+            np.tile(part, len(outputs)),
+            np.repeat(segment, each),
+            np.repeat(input_segment, each * len(outputs)),
+        ]
+    )

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from rerampile.copies import protected_outputs
 from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError, FaultRunError
 from rerampile.runtime.blocked_weights import (
@@ -34,6 +33,7 @@ from rerampile.runtime.quantised import quantised_model
 from rerampile.runtime.session import open_session, release_memory, run
 from rerampile.runtime.votes import add_votes
 from rerampile.runtime.weight_buffers import WeightBuffers
+from rerampile.slice_copies import protected_outputs
 
 if TYPE_CHECKING:
     from rerampile.runtime.inject import LayerFaults, Leaks, Votes

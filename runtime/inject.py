@@ -5,11 +5,12 @@ not to the same block, the cells at their crossing hold a zero weight, and one t
 into the column: within a group that is more of a weight which the layer has anyway, between groups it is a leak.
 Everywhere else a stuck cell does nothing, since its row is not driven or its column is not read.
 
+What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`). Of copies that are averaged, the
+weights are those of the mean cells: reading is linear.
+
 Where slices have copies, a stuck cell changes one of three sums, of which the mean or the median counts. The mean is
 linear: a third of what the cell alone would do to its weight. The median is not: it depends on the inputs, so it is
 left to whoever runs the model (:class:`Votes`), but for sums of which at most one is wrong, which change nothing.
-What a stuck cell is read as is up to the hardware (:mod:`rerampile.failed_cells`).
-Where copies of a layer are averaged, the weights are those of the mean cells: reading is linear.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.checks import check_placement
-from rerampile.copies import protected_outputs
-from rerampile.deployment import Deployment, flipped_outputs, layer_coding, lines
+from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments, lines
 from rerampile.plan import ArrayPlan, LayerPlan, Partition, Vote
 from rerampile.runtime.copy_places import CopyPlaces
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order
 from rerampile.runtime.stuck_cells import StuckCells
 from rerampile.schemes import Coding
+from rerampile.segments import Segments
+from rerampile.slice_copies import protected_outputs
 from rerampile.target import Target
 
 __all__ = ["Injector", "LayerCells", "LayerFaults", "Leaks", "Votes", "as_read", "column_parts"]
@@ -172,6 +174,7 @@ class _Places:
         column_part: slice * cells + role of each column.
         column_segment: The column segment of each column: an output of a group of a partition, counted array by array;
             twins share theirs.
+        column_input_segment: Which of its layer's ranges of inputs each column sums.
         copies: The copies of slices.
     """
 
@@ -184,6 +187,7 @@ class _Places:
     column_start: Integers
     column_part: Integers
     column_segment: Integers
+    column_input_segment: Integers
     copies: CopyPlaces
 
     @classmethod
@@ -192,7 +196,7 @@ class _Places:
         geometry, plan = ChipGeometry.of(deployment), deployment.plan
         rows = np.full((3, geometry.arrays, geometry.rows), -1)
         columns = np.full((2, geometry.arrays, geometry.columns), -1)
-        parts, segments = np.zeros((2, geometry.arrays, geometry.columns), np.int64)
+        parts, segments, input_segments = np.zeros((3, geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
         first_segment: dict[int, int] = {}
         count = 0
@@ -213,6 +217,8 @@ class _Places:
                 parts[array.id, width] = np.tile(part, len(output)) ^ flips
                 segments[array.id, width] = np.repeat(segment + np.arange(len(output)), len(part))
                 segment += len(output)
+                first_input = np.array(partition.input_indices[:1])
+                input_segments[array.id, width] = layer_segments(layer).number_of(first_input)
             count = max(count, segment)
         return cls(
             geometry=geometry,
@@ -224,6 +230,7 @@ class _Places:
             column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
             column_segment=segments.reshape(-1),
+            column_input_segment=input_segments.reshape(-1),
             copies=CopyPlaces.of(deployment, segments),
         )
 
@@ -248,6 +255,7 @@ class _Places:
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
             segment=self.column_segment[column],
+            input_segment=self.column_input_segment[column],
             conductance=conductance[matters],
             cell=cell[matters],
             number=np.zeros(len(matters), np.int64),
@@ -285,19 +293,22 @@ class LayerCells:
         plan: The layer.
         coding: Its coding.
         cells: Its cells, [slices * cells, groups * outputs * inputs].
-        gain: float32 [groups * outputs].
+        gain: Its gains, float32 [groups * outputs] or [groups * outputs, segments].
+        segments: The ranges of inputs that they are for.
     """
 
     plan: LayerPlan
     coding: Coding
     cells: npt.NDArray[Any] = field(repr=False)
     gain: Floats = field(repr=False)
+    segments: Segments
 
     @classmethod
     def of(cls, deployment: Deployment, layer: LayerPlan) -> LayerCells:
         """Open a layer."""
         coding, cells = layer_coding(deployment.target, layer), deployment.cells(layer)
-        return cls(layer, coding, cells.reshape(coding.slices * coding.cells, -1), deployment.gain(layer))
+        flat = cells.reshape(coding.slices * coding.cells, -1)
+        return cls(layer, coding, flat, deployment.gain(layer), layer_segments(layer))
 
     def faults(self, number: int, stuck: StuckCells, protected: _Protected | None = None) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number; ``protected`` says what of it has copies."""
@@ -314,7 +325,8 @@ class LayerCells:
         out_row, input_ = np.divmod(away.position, self.plan.inputs)
         inside = (away.in_group == out_row // self.plan.outputs) & (extra != 0)
         index, at = _unique(np.concatenate([home.position, away.position[inside], voted.position]))
-        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, index)
+        gain = self.segments.at(self.gain, index)
+        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
         more = np.concatenate([extra[inside], self._changes(voted) / np.float32(3)])
         np.add.at(value, at[len(home.part) :], more)
         pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
@@ -328,7 +340,7 @@ class LayerCells:
         table = self.coding.cell_values
         error = self.coding.worth(stuck.conductance) - (held.astype(np.float32) if table is None else table[held])
         factor = np.array(self.coding.significances, np.float32)[slice_] * np.where(role == 0, 1, -1).astype(np.float32)
-        changes: Floats = self.gain[stuck.position // self.plan.inputs] * factor * error
+        changes: Floats = self.segments.at(self.gain, stuck.position) * factor * error
         return changes
 
     def _votes(self, stuck: StuckCells) -> Votes | None:
@@ -356,24 +368,24 @@ class LayerCells:
     def _crossings(self, stuck: StuckCells) -> Floats:
         """Return the weight that each cell by itself makes of a zero one; those of one pair add up, being linear.
 
-        Of a copy it is the share that the mean has.
+        Its column's sum is multiplied by the gain of what that column sums, whichever row it is on. Of a copy it is the
+        share that the mean has.
         """
         count = len(stuck.part)
         zeros = [np.repeat(cell, count) for cell in self.coding.zero_cells.reshape(-1)]
-        return self._weights(zeros, np.arange(count), stuck, stuck.position)
+        sums = stuck.position // self.plan.inputs * len(self.segments.starts) + stuck.input_segment
+        return self._weights(zeros, np.arange(count), stuck, self.gain.reshape(-1)[sums])
 
-    def _weights(
-        self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, position: Integers
-    ) -> Floats:
+    def _weights(self, cells: Sequence[npt.NDArray[Any]], at: Integers, stuck: StuckCells, gain: Floats) -> Floats:
         """Return the weights that cells hold when some are stuck, the mean of all copies, float32 [weights].
 
         Args:
             cells: The healthy cells of each slice and role, [weights] each.
             at: Which weight each stuck cell belongs to.
             stuck: The stuck cells.
-            position: Flat position of each weight in the matrix.
+            gain: What multiplies each weight's difference, [weights].
         """
-        table, count = self.coding.cell_values, len(position)
+        table, count = self.coding.cell_values, len(gain)
         values = np.empty((len(cells), count), np.float32)
         for value, cell in zip(values, cells, strict=True):
             value[:] = cell if table is None else table[cell]
@@ -384,7 +396,7 @@ class LayerCells:
         else:  # several copies of one cell may be stuck
             np.add.at(flat, place, (worth - flat[place]) / np.float32(self.plan.copy_count))
         difference = self.coding.combine(values.reshape(self.coding.slices, self.coding.cells, count))
-        return difference * self.gain[position // self.plan.inputs]
+        return difference * gain
 
     def _leaks(self, pair: Integers, value: Floats) -> Leaks | None:
         """Return leaks in order, added up for each pair of rows; without those that come to nothing.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.errors import ConfigError
 from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
@@ -16,7 +16,7 @@ from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 from rerampile.runtime.stuck_cells import StuckCells
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "LayerProgram", "require_single_copies"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram", "require_single_copies"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -30,6 +30,9 @@ STEPS = ("compensate", "assign", "flip", "repair", "gain", "bias")
 
 CALIBRATED = ("repair", "bias")
 """Steps that need to know what layers see."""
+
+UNCALIBRATED = ("compensate", "assign", "flip")
+"""Steps that are good for a chip where nobody knows: a gain fitted to sums of squares often is not."""
 
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
@@ -69,7 +72,7 @@ class LayerProgram:
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
             are.
-        gain: float32 [groups * outputs].
+        gain: float32 [groups * outputs] or [groups * outputs, segments].
         shift: float64 [groups * outputs], what is added to its products.
         flipped: int64, the column segments with changed roles, ascending.
         errors: Energy of the errors before and after each step so far, as a share of ``energy``.
@@ -90,8 +93,9 @@ class LayerProgram:
         self._coding, self._geometry = layer_coding(deployment.target, self.plan), ChipGeometry.of(deployment)
         self._compiled = deployment.cells(self.plan)
         self.gain = self._compiled_gain = deployment.gain(self.plan)
-        self._wanted = self._coding.decode(self._compiled, self.gain)
         self.shift = np.zeros(len(self.gain))
+        self._segments = layer_segments(self.plan)
+        self._wanted = self._coding.decode(self._compiled, self._segments.spread(self.gain))
         self._full_scale = np.abs(self.gain) * np.float32(self._coding.span)
         self._hit = HitWeights.of(self._coding, stuck)
         self.cells = self._compiled
@@ -121,11 +125,12 @@ class LayerProgram:
         turned = np.isin(self._stuck.segment, self.flipped)
         columns = {**vars(self._stuck), "part": self._stuck.part ^ turned}
         cells = self.cells.reshape(self._coding.slices * self._coding.cells, -1)
-        return LayerCells(self.plan, self._coding, cells, gain).faults(self._number, StuckCells(**columns))
+        layer = LayerCells(self.plan, self._coding, cells, gain, self._segments)
+        return layer.faults(self._number, StuckCells(**columns))
 
     def weights(self) -> Floats:
         """Return the weights as the chip reads them now, float32 [groups * outputs, inputs]."""
-        weights, faults = self._coding.decode(self.cells, self.gain), self.faults
+        weights, faults = self._coding.decode(self.cells, self._segments.spread(self.gain)), self.faults
         weights.reshape(-1)[faults.index] = faults.value
         return weights
 
@@ -193,7 +198,7 @@ class LayerProgram:
         compiled = self._compiled.reshape(slices, pair, rows * inputs)[:, :, hit.index]
         wanted = self._coding.difference(compiled)
         row, input_ = np.divmod(hit.index, inputs)
-        scale = np.square(self.gain.astype(np.float64))[row]
+        scale = np.square(self._segments.at(self.gain, hit.index).astype(np.float64))
         if self._moments is not None:
             scale = scale * self._moments[row // self.plan.outputs, input_, input_]
         turned = hit.turned(np.ones(len(hit.index), np.bool_)) if pair == 2 else hit
@@ -222,9 +227,8 @@ class LayerProgram:
         moved = repair_errors(self._shaped(errors), self._shaped(free), self._moments).reshape(errors.shape)
         before, targets = self.cells, self._wanted + np.where(free, moved, np.float32(0))
         held = self._at_hit(before)
-        self.cells = np.where(
-            (moved != 0).any(axis=1)[:, None] & free, self._coding.encode(targets, self.gain), self.cells
-        )
+        encoded = self._coding.encode(targets, self._segments.spread(self.gain))
+        self.cells = np.where((moved != 0).any(axis=1)[:, None] & free, encoded, self.cells)
         self._set(held)
         self._keep_better(self._left(errors), before, self.gain)
 
@@ -238,8 +242,8 @@ class LayerProgram:
         energy, before = self._left(), self.gain
         if self._adjusting:
             factor = best_gain(self._shaped(self.weights()), self._shaped(self._wanted), moments).reshape(-1)
-            change = np.clip(factor * before / self._compiled_gain, *_GAINS)
-            self.gain = (self._compiled_gain * change).astype(np.float32)
+            change = np.clip(factor * (before / self._compiled_gain).T, *_GAINS)
+            self.gain = (self._compiled_gain.T * change).T.astype(np.float32)
         if shifting:
             self.shift = -self._means(self.weights() - self._wanted)
         self._keep_better(energy, self.cells, before)
@@ -259,13 +263,14 @@ class LayerProgram:
         """
         better = self._left() < energy
         self.cells = self.cells if cells is self.cells else np.where(better[:, None], self.cells, cells)
-        self.gain, self.shift = np.where(better, self.gain, gain), np.where(better, self.shift, 0.0)
+        self.gain = np.where(better, self.gain.T, gain.T).T
+        self.shift = np.where(better, self.shift, 0.0)
 
     def _wrong(self) -> tuple[Integers, Floats]:
         """Return the weights that faults hit and that stay wrong, and how far they are off under the compiled gain."""
         faults = self._faults(self._compiled_gain)
         error = faults.value - self._wanted.reshape(-1)[faults.index]
-        wrong = np.abs(error) > _WRONG * self._full_scale[faults.index // self.plan.inputs]
+        wrong = np.abs(error) > _WRONG * self._segments.at(self._full_scale, faults.index)
         return faults.index[wrong], error[wrong]
 
     def record(self, bias: str = "", scale: float = 1.0) -> ChipLayer:

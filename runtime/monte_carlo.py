@@ -180,8 +180,8 @@ class Bench:
         self.deployment = load_deployment(experiment.folder)
         if learned is None:
             check_checksums(self.deployment)
-        refuse_weight_rates(self.deployment, experiment.faults)
         self.compiled = compiled_deployment(self.deployment)
+        refuse_weight_rates(self.deployment, experiment.faults)
         self.injector = Injector(self.deployment)
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)

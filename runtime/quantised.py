@@ -26,7 +26,7 @@ import onnx
 import onnx.external_data_helper
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.errors import ConfigError, FaultRunError
 from rerampile.plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
@@ -115,16 +115,22 @@ def require_int8(deployment: Deployment) -> None:
     """Refuse what cannot run in int8, before any work is done.
 
     Raises:
-        ConfigError: The target's cells do not hold whole steps of at most 8 bits.
+        ConfigError: The target's cells do not hold whole steps of at most 8 bits, or weights of one output have
+            several gains.
         FaultRunError: This CPU saturates int8 products.
     """
     for layer in deployment.plan.layers:
-        coding = layer_coding(deployment.target, layer)
+        coding, gains = layer_coding(deployment.target, layer), len(layer_segments(layer).starts)
         if coding.integer and coding.steps < _MOST_VALUES <= coding.steps * layer.copy_count:
             raise ConfigError(
                 f"--precision int8: the mean of {layer.copy_count} copies of {coding.steps + 1} values in layer "
                 f"'{layer.name}', expected at most {_MOST_VALUES} values; compile without --spend-spare-arrays, or use "
                 f"fp32"
+            )
+        if gains > 1:
+            raise ConfigError(
+                f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
+                f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
             )
         if not coding.integer or coding.steps >= _MOST_VALUES:
             found, remedy = _too_fine(coding)
@@ -219,7 +225,7 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     reach = max(most - coding.reference, coding.reference - least) if coding.cells == 1 else most - least
     share = _LARGEST / reach
     step = layer.copy_count if share >= layer.copy_count else 1
-    return deployment.gain(layer) / np.float32(share // step * step if share >= 1 else share)
+    return deployment.gain(layer).reshape(-1) / np.float32(share // step * step if share >= 1 else share)
 
 
 def _quantise(

@@ -24,6 +24,7 @@ class StuckCells:
         position: Flat position in the matrix [groups * outputs, inputs] of the column's output and the row's input.
         part: slice * cells + role of the cell.
         segment: The column segment whose column it is on.
+        input_segment: Which of the layer's ranges of inputs that column sums, so which gain its sum has.
         conductance: What it is read as, siemens.
         cell: The cell, as :class:`~rerampile.runtime.fault_map.ChipGeometry` counts them.
         number: 0, or the number of the copy that it is part of.
@@ -35,6 +36,7 @@ class StuckCells:
     position: Integers
     part: Integers
     segment: Integers
+    input_segment: Integers
     conductance: Floats
     cell: Integers
     number: Integers

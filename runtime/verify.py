@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from rerampile.background import side_by_side
 from rerampile.checks import check_checksums, check_placement, decode_rows, weight_bytes
-from rerampile.deployment import Deployment, layer_coding, load_deployment
+from rerampile.deployment import Deployment, layer_coding, layer_segments, load_deployment
 from rerampile.errors import FaultRunError, InternalError, PlanFormatError, UnsupportedModelError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
@@ -106,17 +106,18 @@ def _decode_all(unit: Unit, deployment: Deployment) -> tuple[list[LayerPlan], tu
 
     def check(pair: tuple[Layer, LayerPlan]) -> tuple[LayerPlan, float, float]:
         layer, plan = pair
-        expected = unit.weight_rows(layer)
+        expected, segments = unit.weight_rows(layer), layer_segments(plan)
         bound = layer_coding(deployment.target, plan).error_bound(deployment.gain(plan))
+        bound = bound.reshape(len(bound), -1)
         digest, worst, worst_part = hashlib.sha256(), 0.0, 0.0
         for rows, decoded in decode_rows(deployment, plan):
             wanted = expected(rows)
             off = decoded - wanted
-            error = np.maximum(off.max(axis=1), -off.min(axis=1)).astype(np.float64)
+            error = segments.largest(np.abs(off)).astype(np.float64)
             if not (error <= bound[rows]).all() or (unit.mapped[layer.name].zeros and np.any(decoded[wanted == 0])):
                 raise InternalError(
                     f"layer '{layer.name}': a decoded weight is {error.max():.3g} off "
-                    f"(bound {bound[rows][error.argmax()]:.3g}), or a pruned weight is not zero"
+                    f"(bound {bound[rows].flat[error.argmax()]:.3g}), or a pruned weight is not zero"
                 )
             worst, worst_part = max(worst, float(error.max())), max(worst_part, float((error / bound[rows]).max()))
             digest.update(weight_bytes(decoded))

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.copies import protected_outputs
-from rerampile.deployment import Deployment, layer_coding
+from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.plan import ArrayPlan, Partition
 from rerampile.runtime.faults import FaultModel
 from rerampile.schemes import row_chunks
+from rerampile.slice_copies import protected_outputs
 from rerampile.stuck_cell import StuckCell
 
 __all__ = ["LayerErrors", "OffsetSums"]
@@ -66,7 +66,7 @@ class LayerErrors:
     def __init__(self, deployment: Deployment, number: int) -> None:
         self.layer = layer = deployment.plan.layers[number]
         self._deployment, self._coding = deployment, layer_coding(deployment.target, layer)
-        self._gain = deployment.gain(layer)
+        self._gain, self._segments = deployment.gain(layer), layer_segments(layer)
         self._arrays = [
             [p for p in array.partitions if p.layer == number]
             for array in deployment.plan.arrays
@@ -85,13 +85,13 @@ class LayerErrors:
         return StuckCell.of(self._deployment.target, self._coding, model.probabilities, by_weight=by_weight)
 
     def shift(self, model: FaultModel) -> float:
-        """Return what the mean error of each weight is beside what it loses, in units of the output's gain."""
+        """Return what the mean error of each weight is beside what it loses, in units of its gain."""
         return self.stuck(model).shift(self._coding)
 
     def mean_weights(self, model: FaultModel) -> Floats:
         """Return each weight as it is on average, float32 [groups * outputs, inputs]; leaks have no part in it."""
         mean = self._deployment.weights(self.layer) * np.float32(1 - self.stuck(model).loss)
-        shift = np.float32(self.shift(model)) * self._gain[:, None]
+        shift = np.float32(self.shift(model)) * self._segments.spread(self._gain)
         return mean + shift * self._placed.reshape(mean.shape) if shift.any() else mean
 
     def variance(self, model: FaultModel) -> Floats:
@@ -122,7 +122,8 @@ class LayerErrors:
         placed = self._placed.reshape(-1, layer.inputs)
         for rows in row_chunks((len(placed), layer.inputs)):
             counted = None if self._counted is None else self._counted[:, rows]
-            part = stuck.variance_of(coding, cells[:, :, rows], self._gain[rows, None], counted)
+            gain = self._segments.spread(self._gain[rows])
+            part = stuck.variance_of(coding, cells[:, :, rows], gain, counted)
             part *= placed[rows]
             if layer.copy_count > 1:
                 part /= np.float32(layer.copy_count)
@@ -148,14 +149,16 @@ class LayerErrors:
         if not shared:
             return None
         zero = self._coding.zero_cells[:, :, None, None]
-        each = stuck.variance_of(self._coding, zero, self._gain[:, None]).reshape(layer.groups, layer.outputs)
+        gain = self._gain.reshape(-1, 1)
+        each = stuck.variance_of(self._coding, zero, gain).reshape(layer.groups, layer.outputs, -1)
         leaks = np.zeros((layer.groups, layer.outputs, layer.inputs), np.float32)
         for partitions in shared:
             own = []
             for partition in partitions:
-                groups, outputs, _ = _places(partition)
+                groups, outputs, inputs = _places(partition)
                 own.append(np.zeros((len(groups), layer.outputs), np.float32))
-                own[-1][:, outputs] = each[np.ix_(groups, outputs)]
+                of_column = each[:, :, self._segments.number_of(inputs[0])]
+                own[-1][:, outputs] = of_column[np.ix_(groups, outputs)]
             everything = sum(part.sum(axis=0) for part in own)
             for partition, part in zip(partitions, own, strict=True):
                 groups, _, inputs = _places(partition)
@@ -169,8 +172,9 @@ class LayerErrors:
             return None
         layer, kernel = self.layer, self.kernel
         shape = (layer.groups, layer.outputs // kernel, kernel)
-        gain, placed = self._gain.reshape(shape), self._placed.reshape(*shape, layer.inputs)
-        size = gain.max(axis=2).astype(np.float64)
+        gain = self._segments.spread(self._gain).reshape(*shape, -1)
+        placed = self._placed.reshape(*shape, layer.inputs)
+        size = gain.max(axis=(2, 3)).astype(np.float64)
         patterns: dict[bytes, int] = {}
         sums: list[Floats] = []
         label = np.empty(size.shape, np.int64)
@@ -178,7 +182,7 @@ class LayerErrors:
             ratio = gain[channel] / gain[channel].max()
             label[channel] = patterns.setdefault(placed[channel].tobytes() + ratio.tobytes(), len(patterns))
             if len(patterns) > len(sums):
-                sums.append(placed[channel] * ratio[:, None])
+                sums.append(placed[channel] * ratio)
         of_pattern = np.where(label[:, None] == np.arange(len(patterns))[:, None], 1.0, 0.0)
         weights = self._deployment.weights(layer).reshape(*shape, layer.inputs)
         products = np.einsum("gqc,gc,gcki->gqki", of_pattern, size, weights, optimize=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from mappings import say, tolerated
 from pruned_models import PrunedModels, parser_of, repeat
@@ -25,8 +25,9 @@ from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.schemes import Scale
 
-Line = tuple[float, str, Literal["tensor", "channel"]]  # ratio, mapping, scale
+Line = tuple[float, str, Scale]  # ratio, mapping, scale
 
 
 def lines_of(options: argparse.Namespace) -> list[Line]:

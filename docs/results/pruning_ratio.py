@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from pruned_models import Pruned, PrunedModels, parser_of, repeat
@@ -27,6 +27,7 @@ from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.pictures import render
 from rerampile.runtime.validation import MetricReport, validate
+from rerampile.schemes import Scale
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Setting:
     """A mapping and its faults."""
 
     mapping: str
-    scale: Literal["tensor", "channel"]
+    scale: Scale
     faults: FaultModel
 
     @property

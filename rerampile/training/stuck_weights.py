@@ -8,7 +8,7 @@ stuck independently, as in :mod:`rerampile.runtime.faults`, and read as the hard
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ from rerampile.errors import ConfigError
 from rerampile.layer import Layer
 from rerampile.passes.map import plain_coding
 from rerampile.runtime.faults import FaultModel
-from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scheme, known_mapping
+from rerampile.schemes import SCHEMES, WEIGHED, Coding, Scale, Scheme, known_mapping
+from rerampile.segments import Segments
 from rerampile.target import Target
 
 __all__ = ["Defects", "StuckWeights"]
@@ -34,13 +35,13 @@ class Defects:
         faults: Probabilities of stuck cells.
         target: The hardware.
         mapping: A scheme that does not depend on the faults, or None for the target's.
-        scale: One full scale a tensor or a channel.
+        scale: What one full scale is for.
     """
 
     faults: FaultModel
     target: Target = field(default_factory=lambda: Target.load("paper"))
     mapping: str | None = None
-    scale: Literal["tensor", "channel"] = "channel"
+    scale: Scale = "channel"
 
     def __post_init__(self) -> None:
         self.coding  # noqa: B018 - refuses what cannot be coded
@@ -83,24 +84,33 @@ class StuckWeights:
         """
         matrix = self._view.matrix(tensor)
         matrix = matrix if self._factor is None else matrix * self._factor
-        scale = np.abs(matrix).max(axis=1)
-        gain = self._coding.gain(np.full_like(scale, scale.max()) if self._defects.scale == "tensor" else scale)
         parts = self._coding.slices * self._coding.cells
         cell = _hits(self._defects.faults.rate, matrix.size * parts, random)
         changed, at = np.unique(cell // parts, return_inverse=True)
-        row = changed // matrix.shape[1]
-        cells = self._coding.encode(matrix.reshape(-1)[changed, None], gain[row])
+        gain = self._gain(matrix, changed)
+        cells = self._coding.encode(matrix.reshape(-1)[changed, None], gain)
         table = self._coding.cell_values
         values = (cells if table is None else table[cells]).astype(np.float32).reshape(parts, -1)
         part = cell % parts
         values[part, at] = worth = self._coding.worth(self._stuck(len(cell), random))
         if self._defects.target.failed_cells.isolates_pairs and self._coding.cells == 2:
             values[part ^ 1, at] = worth
-        read = self._coding.combine(values.reshape(*cells.shape[:2], -1)) * gain[row]
+        read = self._coding.combine(values.reshape(*cells.shape[:2], -1)) * gain
         if self._factor is not None:
-            factor = np.broadcast_to(self._factor, matrix.shape)[row, changed % matrix.shape[1]]
+            factor = np.broadcast_to(self._factor, matrix.shape)[np.divmod(changed, matrix.shape[1])]
             read = np.divide(read, factor, out=np.zeros_like(read), where=factor != 0)
         return self._places[changed], read
+
+    def _gain(self, matrix: Floats, position: Integers) -> Floats:
+        """Return the gain of weights at some flat positions of the matrix."""
+        if self._defects.scale == "partition":
+            segments = Segments.by_rows(np.asarray(matrix.any(axis=0)), self._defects.target.rows)
+            scale = segments.full_scale(matrix)
+        else:
+            segments, scale = Segments.whole(matrix.shape[1]), np.abs(matrix).max(axis=1)
+        gain = self._coding.gain(np.full_like(scale, scale.max()) if self._defects.scale == "tensor" else scale)
+        found: Floats = segments.at(gain, position)
+        return found
 
     def _stuck(self, count: int, random: np.random.Generator) -> Floats:
         """Return what some stuck cells are read as, siemens: normal around the mean of their state, within limits."""

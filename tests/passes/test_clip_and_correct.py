@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from rerampile import ConfigError, Deployment, compile_model, verify_deployment
+from rerampile import ConfigError, Deployment, Target, compile_model, verify_deployment
 from rerampile.cli import main
 from rerampile.passes import map as map_pass
 from rerampile.plan import ClipPlan, CorrectionPlan
@@ -90,14 +91,22 @@ def errors_of_chips(deployment: Deployment, weights: Floats, faults: FaultModel,
 
 @pytest.mark.parametrize(
     ("mapping", "scale"),
-    [("two_column", "channel"), ("differential", "tensor"), ("optimal", "channel"), ("offset", "tensor")],
+    [
+        ("two_column", "channel"),
+        ("differential", "tensor"),
+        ("optimal", "channel"),
+        ("offset", "tensor"),
+        ("differential", "partition"),
+        ("offset", "partition"),
+    ],
 )
 def test_the_expected_error_is_that_of_many_chips(mapping: str, scale: str, compile_text: Compile) -> None:
     """Of the outputs of the very model, on the calibration images; less than without clipping."""
     weights, data = outliers(16, 24), images(50, 24)
     x = inputs_of(data).astype(np.float64)
     energy = np.sum((x @ weights.T) ** 2)
-    options: dict[str, Any] = {"mapping": mapping, "scale": scale, "faults": FAULTS}
+    target = Target.load("paper", {"rows": 8})  # three partitions, which see inputs that have something in common
+    options: dict[str, Any] = {"mapping": mapping, "scale": scale, "target": target, "faults": FAULTS}
     deployment = compile_text(ONE, {"W": weights}, clip=True, calibration=data, **options)
     clip = clip_of(deployment)
     assert clip.error is not None
@@ -107,15 +116,15 @@ def test_the_expected_error_is_that_of_many_chips(mapping: str, scale: str, comp
         errors = errors_of_chips(folder, weights, FAULTS, 500)
         return float(np.mean(np.sum((errors @ x.T) ** 2, axis=(1, 2))) / energy)
 
-    plain = options if mapping in ("optimal", "auto") else {"mapping": mapping, "scale": scale}
+    plain = {**options, "faults": FAULTS if mapping in ("optimal", "auto") else None}
     assert clip.error == pytest.approx(simulated(deployment), rel=0.06)
     assert clip.error_unclipped == pytest.approx(simulated(compile_text(ONE, {"W": weights}, **plain)), rel=0.06)
     assert clip.error < 0.95 * clip.error_unclipped
     held = deployment.weights(deployment.plan.layers[0])
     assert clip.output_change == pytest.approx(np.sum((x @ (held - weights).T) ** 2) / energy, rel=1e-4)
     assert clip.clipped == np.count_nonzero(np.abs(held - weights) > 1e-6 * np.abs(weights).max())
-    largest = np.abs(weights).max(axis=1)
-    shares = np.abs(held).max(axis=1) / largest if scale == "channel" else np.abs(held).max() / largest.max()
+    axis = {"tensor": None, "channel": (1, 2), "partition": 2}[scale]
+    shares = np.divide(*(np.abs(matrix.reshape(16, 3, 8)).max(axis=axis) for matrix in (held, weights)))
     assert clip.full_scale == pytest.approx(np.mean(shares), rel=1e-5)
 
 
@@ -130,7 +139,7 @@ def test_without_images_errors_are_those_of_weights(compile_text: Compile) -> No
     assert deployment.plan.options["calibration"] == {}
 
 
-@pytest.mark.parametrize("scale", ["channel", "tensor"])
+@pytest.mark.parametrize("scale", ["channel", "tensor", "partition"])
 @pytest.mark.parametrize("levels", [None, 32])
 def test_a_clipped_model_is_what_is_deployed(
     levels: int | None, scale: str, model_of: Callable[..., onnx.ModelProto], tmp_path: Path, discrete_target: Any
@@ -138,7 +147,8 @@ def test_a_clipped_model_is_what_is_deployed(
     """With folds, groups, pruning and levels: verified, and run beside the user's graph with clipped weights."""
     weights, data = folded_weights(), images(20, 4, 6, 6)
     model = model_of(FOLDED, weights)
-    options: dict[str, Any] = {"target": discrete_target(levels=levels), "scale": scale, "prune": 0.3}
+    target = replace(discrete_target(levels=levels), rows=20)
+    options: dict[str, Any] = {"target": target, "scale": scale, "prune": 0.3}
     deployment = compile_model(model, out=tmp_path / "out", clip=True, calibration=data, faults=FAULTS, **options)
 
     verify_deployment(deployment.folder)
@@ -160,13 +170,15 @@ def _second(deployment: Deployment) -> Floats:
 BIASED = f"{HEADER} g (float[N,24] x) => (float[] y) {{ y = Gemm <transB=1, alpha=0.5> (x, W, B) }}"
 
 
+@pytest.mark.parametrize("scale", ["channel", "partition"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("mapping", ["two_column", "offset"])
-def test_corrected_chips_are_right_on_average(mapping: str, clip: bool, compile_text: Compile) -> None:
+def test_corrected_chips_are_right_on_average(mapping: str, clip: bool, scale: str, compile_text: Compile) -> None:
     """Their mean outputs are the user's, and their mean squared error is the expected one, less than uncorrected."""
     weights, data, bias = outliers(16, 24), images(50, 24), outliers(16, seed=1)
     x = inputs_of(data).astype(np.float64)
-    options: dict[str, Any] = {"mapping": mapping, "clip": clip, "correct": True, "faults": FAULTS}
+    hardware: dict[str, Any] = {"mapping": mapping, "scale": scale, "target": Target.load("paper", {"rows": 8})}
+    options: dict[str, Any] = {**hardware, "clip": clip, "correct": True, "faults": FAULTS}
     deployment = compile_text(BIASED, {"W": weights, "B": bias}, calibration=data, **options)
     correction = correction_of(deployment)
 
@@ -184,7 +196,7 @@ def test_corrected_chips_are_right_on_average(mapping: str, clip: bool, compile_
         assert correction.error < correction.error_uncorrected
         assert np.median(np.abs(addend) / spread) > 10
     if not clip:
-        plain = errors_of_chips(compile_text(BIASED, {"W": weights, "B": bias}, mapping=mapping), weights, FAULTS, 500)
+        plain = errors_of_chips(compile_text(BIASED, {"W": weights, "B": bias}, **hardware), weights, FAULTS, 500)
         simulated = np.sum((0.5 * plain @ x.T) ** 2, axis=(1, 2)).mean() / energy
         assert correction.error_uncorrected == pytest.approx(simulated, rel=0.06)
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerampile.passes.full_scale import FaultNoise, Losses, losses_of
+from rerampile.passes.full_scale import FaultNoise, Losses, least_by_segment, losses_of
 from rerampile.schemes import SCHEMES, Coding
+from rerampile.segments import Segments
 from rerampile.stuck_cell import StuckCell
 from rerampile.target import Cell, Stuck, Target
 
@@ -166,3 +167,74 @@ def test_inputs_that_go_together_allow_less_clipping() -> None:
         for name, w, h in (("one", weights, moment), ("apart", weights, alone), ("opposed", opposed, moment))
     }
     assert found["opposed"] < found["apart"] < found["one"] < 4
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_segments_beside_each_other(scheme: str, unbiased: bool) -> None:
+    """The error of all together is that of the cells; no other full scale of one segment is better."""
+    coding, stuck = coding_of("analog", scheme, 0.005, 0.03)
+    weights, placed, moment = problem(3, outputs=4, inputs=40)
+    weights[1, 25:33] = 0  # one output has a segment without weights
+    segments = Segments((0, 15, 25, 33), 40)
+    noise = FaultNoise.of(coding, stuck)
+    noise = noise.unbiased() if unbiased else noise
+    power = np.diagonal(moment) * 1.3  # as where the moment is one around the means
+
+    def errors(scale: Doubles) -> Doubles:
+        """By the closed form of each segment's noise, and the mean errors of all inputs together."""
+        total, means = np.zeros(4), np.zeros_like(weights)
+        for k, part in enumerate(segments.slices):
+            s = scale[:, k, None]
+            held = np.clip(weights[:, part], -s, s)
+            share = np.abs(held) / np.where(s > 0, s, 1)
+            signs = np.where(weights[:, part] < 0, 1, 0)
+            which = np.where(share <= noise.bend, 0, -1)
+            a, b, c = np.moveaxis(noise.variances[signs, which], -1, 0)
+            variance = s**2 * (a + b * share + c * share**2)
+            total += ((placed[:, part] * variance + noise.rounding * s**2 * (weights[:, part] != 0)) * power[part]).sum(
+                1
+            )
+            means[:, part] = noise.mean_gain * held - weights[:, part] + noise.shift * s * placed[:, part]
+        return total + np.einsum("oi,oi->o", means @ moment, means)
+
+    scale, found, before = least_by_segment(weights, placed, moment, noise, segments, power=power)
+
+    top = segments.largest(np.abs(weights))
+    assert (scale <= top).all()
+    assert scale[1, 2] == 0
+    np.testing.assert_allclose(found, errors(scale), rtol=1e-6)
+    np.testing.assert_allclose(before, errors(top), rtol=1e-6)
+    assert (found <= before * (1 + 1e-12)).all()
+    assert found.sum() < 0.9 * before.sum()
+    for k in range(4):
+        deepest = np.sort(np.abs(weights[:, segments.slices[k]]), axis=1)[:, ::-1]
+        floor = deepest[np.arange(4), np.count_nonzero(deepest, axis=1) // 4]
+        for share in np.linspace(0, 1, 40):
+            tried = scale.copy()
+            tried[:, k] = floor + share * (top[:, k] - floor)
+            assert (found <= errors(tried) * 1.01).all()
+
+
+def test_one_segment_is_the_whole() -> None:
+    """The same full scales and errors as without segments."""
+    weights, placed, moment = problem(2, outputs=3)
+    noise = FaultNoise.of(*coding_of("analog", "offset", 0.01, 0.04))
+    found = least_by_segment(weights, placed, moment, noise, Segments.whole(24), power=np.diagonal(moment))
+    expected = losses_of(weights, placed, moment, noise).least()
+    for ours, theirs in zip((found[0][:, 0], *found[1:]), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_mean_errors_of_segments_meet() -> None:
+    """Weights that would be clipped alone are not where another segment's mean error has the same sign."""
+    noise = FaultNoise.of(*coding_of("analog", "two_column", 0.005, 0.03))
+    weights = np.concatenate([[4.0], np.linspace(-1, 1, 40), [4.0], np.linspace(-1, 1, 40)])[None]
+    apart = np.eye(82)
+    joined, held = apart.copy(), np.ones((1, 82), np.bool_)
+    joined[0, 41] = joined[41, 0] = 1
+    scales = [
+        least_by_segment(weights, held, h, noise, Segments((0, 41), 82), power=np.ones(82))[0] for h in (apart, joined)
+    ]
+    assert (scales[0] < 4).all()
+    assert scales[1].sum() > scales[0].sum() + 0.1

@@ -224,7 +224,7 @@ def test_grouped_layers_and_other_operators_have_no_copies(
 def test_without_the_option_the_plan_says_nothing_of_it(tmp_path: Path) -> None:
     deployment = compiled(tmp_path / "out", pruned(16, 8, 6, 0), protect_msb=0)
     text = (deployment.folder / "plan.json").read_text()
-    assert "copies" not in text.split('"totals"')[1]
+    assert "slice_copies" not in text.split('"totals"')[1]
     assert "protect" not in text
 
 

@@ -321,7 +321,7 @@ def test_the_model_is_never_written_to(small_model_file: Path, small_model: onnx
     ("options", "message"),
     [
         ({"mapping": "diferential"}, r"mapping 'diferential': no such scheme \(did you mean differential\?\)"),
-        ({"scale": "row"}, "scale 'row': expected tensor or channel"),
+        ({"scale": "row"}, "scale 'row': expected tensor, channel or partition"),
         ({"target": "papper"}, r"unknown target 'papper' \(did you mean paper\?\)"),
         ({"target": "missing.toml"}, "missing.toml: no such target file"),
         ({"prune": "0.5"}, r"prune '0.5': expected a number from 0 up to 1"),

@@ -96,6 +96,16 @@ MODELS: dict[str, tuple[str, dict[str, np.ndarray], dict[str, Any]]] = {
             "scale": "tensor",
         },
     ),
+    "partitions_with_gains": (
+        "g (float[N,20] features, float[N,4,3,3] image) => (float[N,3] out, float[N,4,1,1] pooled) {"
+        " out = MatMul (features, tall)"
+        " pooled = Conv <group=2> (image, grouped) }",
+        {
+            "tall": counting(20, 3) * (np.arange(20) % 7 != 0).astype(np.float32)[:, None],
+            "grouped": counting(4, 2, 3, 3),
+        },
+        {"target": target(12, 8), "scale": "partition"},
+    ),
 }
 
 
@@ -150,7 +160,7 @@ def test_files_of_every_version_are_read(path: Path) -> None:
 def test_what_the_golden_plans_show() -> None:
     """The tiny models keep exercising what they are there for."""
     plans = {name: decode_plan((GOLDEN / "v1" / f"{name}.json").read_bytes(), name) for name in MODELS}
-    twins, packed, table = plans.values()
+    twins, packed, table, partitions = plans.values()
     assert [fold.op for fold in twins.layers[0].folds] == ["BatchNormalization"]
     assert twins.arrays[0].twin == 1
     assert twins.arrays[0].partitions[0].groups == (0, 3)
@@ -161,3 +171,4 @@ def test_what_the_golden_plans_show() -> None:
     assert table.layers[0].element_type == "int8"
     assert table.layers[1].constant_chain == ["Transpose_t"]
     assert table.layers[0].reference is not None
+    assert [layer.segments for layer in partitions.layers] == [[(0, 15), (15, 20)], [(0, 12), (12, 18)]]

@@ -92,6 +92,7 @@ def test_the_example_by_hand_is_what_is_compiled(page: str, example: Path) -> No
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("prune_and_pack", [False, True])
+@pytest.mark.parametrize("scale", ["channel", "partition"])
 def test_the_reader_reads_what_was_written(
     reader: dict[str, Any],
     model: onnx.ModelProto,
@@ -99,13 +100,13 @@ def test_the_reader_reads_what_was_written(
     target: str,
     mapping: str,
     prune_and_pack: bool,
+    scale: str,
 ) -> None:
     size = 48 if prune_and_pack else 24
     hardware = rerampile.Target(name="test", rows=size, columns=size, **TARGETS[target])
     prune = {"rows": 0.8, "grouped": 0.7} if prune_and_pack else None
-    deployment = rerampile.compile_model(
-        model, out=tmp_path / "out", target=hardware, mapping=mapping, prune=prune, pack=prune_and_pack
-    )
+    options: dict[str, Any] = {"mapping": mapping, "scale": scale, "prune": prune, "pack": prune_and_pack}
+    deployment = rerampile.compile_model(model, out=tmp_path / "out", target=hardware, **options)
     plan, tensors = reader["read"](deployment.folder)
     for layer, record in zip(deployment.plan.layers, plan["layers"], strict=True):
         view = MatrixView(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -135,6 +136,20 @@ def test_a_stopped_search_goes_on_to_the_same_bytes(
     assert chips - before == total - 5  # five chips had been finished
     for name in ("search.json", "search.svg", "deployment/plan.json", "deployment/conductances.safetensors"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_every_step_is_clipped_and_corrected_where_asked(folder: Path, tmp_path: Path) -> None:
+    """From the calibration images; results of steps that were not are not taken for theirs."""
+    place = tmp_path / "out"
+    words = ["--clip", "--correct", "--scale", "partition", "--set", "rows=32", "--threshold", 2, "-q"]
+    done = run(folder, place, *words)
+    assert done.exit_code == 0, done.output
+    plan = load_deployment(place / "deployment").plan
+    assert plan.options["calibration"] == {"data": f"npz:{folder / 'train.npz'}", "images": IMAGES}
+    assert plan.options["stuck_off"] + plan.options["stuck_on"] == pytest.approx(0.01)
+    assert {layer.scale for layer in plan.layers} == {"partition"}
+    assert all(layer.clip is not msgspec.UNSET and layer.correction is not msgspec.UNSET for layer in plan.layers)
+    verify_deployment(place / "deployment")
 
 
 def test_steps_predicted_to_fail_are_not_run(folder: Path, tmp_path: Path) -> None:

@@ -129,6 +129,37 @@ def test_one_model_with_several_mappings(model_file: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found
 
 
+def test_one_model_with_several_scales(model_file: Path, tmp_path: Path) -> None:
+    """Named with the mapping, or by --scale; each clipped for the highest failure rate, on the data."""
+    arguments = ["--runs", 2, "--images", 8, "--failure-rate", "0.02,0.1", "-o", tmp_path / "out", "-q", "--json"]
+    forms = "differential/partition,differential,differential/tensor"
+    done = run(model_file, *arguments, "--mappings", forms, "--set", "rows=32", "--clip", "--correct")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [v["scale"] for v in found["validations"]] == ["partition", "channel", "tensor"]
+    assert [c["same_cells"] for c in found["compared"]] == [True] * 3
+    names = ["differential-partition", "differential", "differential-tensor"]
+    for name, scale in zip(names, ("partition", "channel", "tensor"), strict=True):
+        plan = load_deployment(tmp_path / "out" / f"{name}.deployment").plan
+        assert {layer.scale for layer in plan.layers} == {scale}
+        assert plan.options["calibration"] == {"data": "generated", "images": 8}
+        assert plan.options["stuck_off"] + plan.options["stuck_on"] == pytest.approx(0.1)
+        assert all(layer.clip is not msgspec.UNSET and layer.correction is not msgspec.UNSET for layer in plan.layers)
+
+
+def test_clipping_alone_needs_no_other_options(model_file: Path, tmp_path: Path) -> None:
+    """It stays off where it was not asked for, and takes its images from --calibration."""
+    np.savez(tmp_path / "seen.npz", image=np.random.default_rng(0).random((12, 3, 4, 4), np.float32))
+    common = ["--mappings", "offset,balanced", "--runs", 2, "--images", 4, "--failure-rate", "0.1", "-q"]
+    for name, words in (("plain", []), ("clipped", ["--clip", "--calibration", f"npz:{tmp_path / 'seen.npz'}"])):
+        assert run(model_file, *common, *words, "-o", tmp_path / name).exit_code == 0
+    plain, clipped = (load_deployment(tmp_path / n / "offset.deployment").plan for n in ("plain", "clipped"))
+    assert "clip" not in plain.options
+    assert plain.options["stuck_off"] is None
+    assert clipped.options["calibration"] == {"data": f"npz:{tmp_path / 'seen.npz'}", "images": 12}
+    assert (clipped.options["clip"], clipped.options["correct"]) == (True, False)
+
+
 def test_folders_are_told_apart_by_name(model_file: Path, tmp_path: Path) -> None:
     for place in ("a", "b"):
         compile_model(model_file, out=tmp_path / place / "same", mapping="offset")
@@ -145,8 +176,16 @@ def test_folders_are_told_apart_by_name(model_file: Path, tmp_path: Path) -> Non
         (["a.onnx", "--mappings", "offset,offset"], 2, "expected two or more different ones"),
         (["a.onnx", "--mappings", "offset,balanced"], 1, "a.onnx: cannot be read: No such file or directory"),
         (["a.onnx", "--mappings", "offset,balance"], 1, "mapping 'balance': no such scheme (did you mean balanced?)"),
+        (
+            ["a.onnx", "--mappings", "offset,offset/channel"],
+            2,
+            "--mappings offset,offset/channel: expected two or more",
+        ),
+        (["a.onnx", "--mappings", "offset/row,offset"], 1, "scale 'row': expected tensor, channel or partition"),
+        (["a.onnx", "--mappings", "offset/,offset"], 1, "scale '': expected tensor, channel or partition"),
         (["a", "b"], 1, "a: no plan.json in it, expected a deployment folder"),
         (["a", "b", "--scale", "tensor"], 2, "--scale: the folders are compiled already; give --mappings, too"),
+        (["a", "b", "--clip"], 2, "--clip: the folders are compiled already; give --mappings, too"),
         (["a.onnx", "--mappings", "offset,balanced", "--drop", "-1"], 1, "--drop -1: expected more than 0 points"),
     ],
 )

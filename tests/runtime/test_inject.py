@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from rerampile import Deployment, Target, compile_model, verify_deployment
-from rerampile.deployment import layer_coding, partition_blocks
+from rerampile.deployment import layer_coding, layer_segments, partition_blocks
 from rerampile.errors import PlanFormatError
 from rerampile.failed_cells import FailedCells
 from rerampile.programmer import ChipSource, program_chip
@@ -85,13 +85,14 @@ def target_of(cell: Cell, slices: int = 1, layout: str = "adjacent", rows: int =
 def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
     """The matrix [groups * outputs, groups * inputs] that a layer's arrays compute, one driven input at a time.
 
-    Of copies it is the mean.
+    Of copies it is the mean. The sum of each column has the gain of the partition that the column is of.
     """
     plan, target, geometry = deployment.plan, deployment.target, ChipGeometry.of(deployment)
     layer = plan.layers[number]
     coding = layer_coding(target, layer)
     step = (float(np.float32(target.cell.g_on)) - float(np.float32(target.cell.g_off))) / ((coding.levels or 2) - 1)
     matrix = np.zeros((layer.groups * layer.outputs, layer.groups * layer.inputs))
+    gains = deployment.gain(layer).reshape(len(matrix), -1).astype(np.float64)
     where = geometry.locate(faults.cell)
     for array in plan.arrays:
         picture = deployment.array(array.id)
@@ -103,7 +104,7 @@ def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
         picture[where[1][on_it], where[2][on_it]] = stuck
 
         in_row, out_row = np.full(target.rows, -1), np.full(target.columns, -1)
-        sign = np.zeros(target.columns)
+        sign, gain = np.zeros((2, target.columns))
         width = len(array.slices) * len(array.roles)
         signs = [coding.significances[k] * (1 if role == "plus" else -1) for k in array.slices for role in array.roles]
         for partition in (p for p in array.partitions if p.layer == number):
@@ -114,15 +115,18 @@ def simulate(deployment: Deployment, number: int, faults: FaultMap) -> Floats:
                     np.arange(partition.output_count) + (group - partition.groups[0]) * partition.output_count,
                     partition.flipped or [],
                 )
+                segment = layer_segments(layer).number_of(np.array(partition.input_indices))[0]
+                gain[columns] = gains[out_row[columns], segment]
                 sign[columns] = np.tile(signs, partition.output_count) * np.repeat(np.where(turned, -1, 1), width)
         for driven in np.unique(in_row[in_row >= 0]):
             inputs = (in_row == driven).astype(np.float64)
-            currents = inputs @ picture * sign
+            currents = inputs @ picture * sign * gain
             np.add.at(matrix[:, driven], out_row[out_row >= 0], currents[out_row >= 0])
             if coding.cells == 1:
-                np.subtract.at(matrix[:, driven], out_row[out_row >= 0][::width], coding.reference * inputs.sum())
+                reference = coding.reference * inputs.sum() * gain[out_row >= 0][::width]
+                np.subtract.at(matrix[:, driven], out_row[out_row >= 0][::width], reference)
     copies = {partition.copy for array in plan.arrays for partition in array.partitions if partition.layer == number}
-    return matrix * deployment.gain(layer)[:, None] / max(1, len(copies))
+    return matrix / max(1, len(copies))
 
 
 def injected(deployment: Deployment, number: int, faults: list[LayerFaults]) -> Floats:
@@ -153,7 +157,7 @@ def check_against_simulation(
         expected = simulate(deployment, number, read or faults)
         coding = layer_coding(deployment.target, layer)
         ulp = 4e-7 * coding.high * max(1.0, float(faults.conductance.max(initial=0)) / coding.g_on)
-        gain = deployment.gain(layer)[:, None].astype(np.float64)
+        gain = deployment.gain(layer).reshape(len(expected), -1).max(axis=1, keepdims=True).astype(np.float64)
         assert (np.abs(injected(deployment, number, found) - expected) <= ulp * gain).all()
     return found
 
@@ -250,6 +254,20 @@ def test_copies_are_averaged(scheme: str, kind: str, slices: int, layout: str, p
     assert all((np.diff(f.index) > 0).all() for f in found)
 
 
+@pytest.mark.parametrize("response", ["bounded", "isolated_pair"])
+def test_hardware_reads_failed_cells_of_each_copy_by_itself(response: str, tmp_path: Path) -> None:
+    """A pair that is cut off takes its share of the mean along."""
+    failed = FailedCells(response=response, low=5e-6, high=120e-6)
+    target = replace(target_of(CELLS["analog"]), arrays_per_core=60, failed_cells=failed)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, spend_spare_arrays=True)
+    faults = random_faults(deployment)
+
+    found = check_against_simulation(deployment, faults, as_read(deployment, faults))
+
+    assert len(found) == 3
+    assert max(layer.copy_count for layer in deployment.plan.layers) > 2
+
+
 def test_copies_leave_a_chip_without_faults_as_it_is(tmp_path: Path) -> None:
     """To the bit, where each cell is stuck at what it holds; and the first arrays are those without copies."""
     target = replace(target_of(Cell(g_off=1e-6, g_on=100e-6)), arrays_per_core=60)
@@ -284,15 +302,31 @@ def test_both_ways_run_copies_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4 * np.abs(outputs[1]).max())
 
 
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_partition_has_a_gain_of_its_own(scheme: str, kind: str, slices: int, pack: bool, tmp_path: Path) -> None:
+    """Leaks into a column have the gain of what that column sums."""
+    target = target_of(CELLS[kind], slices, rows=12)
+    options: dict[str, Any] = {"mapping": scheme, "pack": pack, "scale": "partition"}
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, **options)
+    found = check_against_simulation(deployment, random_faults(deployment))
+    assert all(len(f.index) for f in found)
+    if not pack:
+        joined = two_arrays_in_one(deployment)
+        check_against_simulation(joined, random_faults(joined))
+
+
+@pytest.mark.parametrize("scale", ["channel", "partition"])
 @pytest.mark.parametrize("layout", ["adjacent", "twin"])
 @pytest.mark.parametrize(("kind", "slices"), [("analog", 1), ("levels", 3), ("table", 1)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_programmed_chips_are_what_the_arrays_compute(
-    scheme: str, kind: str, slices: int, layout: str, tmp_path: Path
+    scheme: str, kind: str, slices: int, layout: str, scale: str, tmp_path: Path
 ) -> None:
     """With columns that have changed roles, groups on a diagonal, packed arrays, and no less error than before."""
     target = target_of(CELLS[kind], slices, layout)
-    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True)
+    deployment = build(TEXT, weights(), tmp_path / "out", target=target, mapping=scheme, pack=True, scale=scale)
     source = ChipSource(path=tmp_path / "out" / "plan.json", number=0, faults=random_faults(deployment))
 
     chip = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "assign", "flip", "gain"))

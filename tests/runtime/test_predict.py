@@ -24,6 +24,7 @@ from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector
 from rerampile.runtime.predict import RatePrediction, predict
 from rerampile.runtime.session import open_session, run
+from rerampile.runtime.weight_errors import LayerErrors
 from rerampile.schemes import SCHEMES
 from rerampile.target import Cell, Stuck
 
@@ -218,6 +219,63 @@ def test_copies_that_are_averaged(mapping: str, pack: bool, tmp_path: Path) -> N
             random = (one.nsr - one.coherent) / copies[after.layer]
             assert after.nsr - after.coherent == pytest.approx(random, rel=1e-5)
         assert after.nsr <= one.nsr * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["differential", "offset"])
+def test_gains_of_partitions(scheme: str, tmp_path: Path) -> None:
+    """Each output of each partition has its own full scale, so its own errors and shifts."""
+    target = Target(name="small", rows=48, columns=72, cell=CELLS["stuck outside"][0])
+    options: dict[str, Any] = {"target": target, "mapping": scheme, "scale": "partition"}
+    deployment = compile_model(model_of(OPERATORS, SHAPES), out=tmp_path / "out", **options)
+    assert [len(layer.segments) for layer in deployment.plan.layers] == [2, 1, 1, 7, 1, 1]  # type: ignore[arg-type]
+    faults = FaultModel.of_rate(0.1)
+
+    found = predict(deployment, [faults], positive_inputs(), probe_images=1)
+
+    assert found.scale == "partition"
+    expected = monte_carlo(deployment, faults, positive_inputs(), 120)
+    np.testing.assert_allclose(nsr_of(found.rates[0], deployment), expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["differential", "offset"])
+def test_gains_of_partitions_that_share_an_array(scheme: str, tmp_path: Path) -> None:
+    """Leaks have the gain of the column that they reach: pieces of a layer whose weights differ by a factor of ten.
+
+    The last output is alone in its strip and needs few rows of each of two segments, which share an array.
+    """
+    text = "(float[N,8,6,7] x) => (float[] fc) { flat = Flatten (x) fc = Gemm <transB=1> (flat, F) }"
+    model = model_of(text, {"F": (9, 336)})
+    weights = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weights[:, 80:] *= 0.1
+    weights[8, :60] = weights[8, 100:] = 0
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, "F"))
+    target = Target(name="small", rows=80, columns=8 if scheme == "offset" else 16, cell=CELLS["stuck outside"][0])
+    options: dict[str, Any] = {"target": target, "mapping": scheme, "scale": "partition", "pack": True}
+    deployment = compile_model(model, out=tmp_path / "out", **options)
+    assert [p.inputs for p in deployment.plan.arrays[-1].partitions] == [(60, 80), (80, 100)]
+    data = Arrays({"x": positive_inputs().arrays["x"]})
+    faults = FaultModel.of_rate(0.1)
+
+    found = predict(deployment, [faults], data).rates[0].layers[0]
+
+    np.testing.assert_allclose(found.nsr, monte_carlo(deployment, faults, data, 200), rtol=0.1)
+    if scheme == "differential":
+        (layer,), errors = deployment.plan.layers, LayerErrors(deployment, 0)
+        expected = errors.variance(faults) + np.square(errors.mean_weights(faults) - deployment.weights(layer))
+        squares = squared_errors(deployment, faults, 600)
+        for part in (slice(60, 80), slice(80, 100)):  # mostly leaks in the second, into a column of large weights
+            assert expected[8, part].sum() == pytest.approx(squares[8, part].sum(), rel=0.1)
+        assert expected[8, 80:100].sum() > 0.5 * expected[8, 60:80].sum()
+
+
+def squared_errors(deployment: Deployment, faults: FaultModel, chips: int) -> NDArray[np.float64]:
+    """Mean squared error of each weight of the only layer, [outputs, inputs]."""
+    weights = deployment.weights(deployment.plan.layers[0]).reshape(-1)
+    injector, geometry, total = Injector(deployment), ChipGeometry.of(deployment), np.zeros(weights.size)
+    for number in range(chips):
+        for found in injector.faults(draw_faults(geometry, faults, deployment.target, seed=4, run=number)):
+            total[found.index] += np.square(found.value - weights[found.index], dtype=np.float64) / chips
+    return total.reshape(-1, deployment.plan.layers[0].inputs)
 
 
 def test_one_cell_of_a_weight(tmp_path: Path) -> None:

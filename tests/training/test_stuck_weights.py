@@ -54,14 +54,18 @@ def expected_error(scheme: str, u: np.ndarray, off: float, on: float) -> np.ndar
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("scale", ["tensor", "channel", "partition"])
 def test_moments_are_those_of_the_cells(scheme: str, scale: str) -> None:
     rng = np.random.default_rng(3)
     faults = FaultModel(stuck_off=0.02, stuck_on=0.05)
-    stuck = StuckWeights(Defects(faults=faults, mapping=scheme, scale=scale), layer_of(8, 50))  # type: ignore[arg-type]
+    target = Target.load("paper", {"rows": 15})
+    defects = Defects(faults=faults, mapping=scheme, scale=scale, target=target)  # type: ignore[arg-type]
+    stuck = StuckWeights(defects, layer_of(8, 50))
     tensor = rng.standard_normal((50, 8)).astype(np.float32)
-    tensor[:5] = 0
-    largest = np.abs(tensor).max(axis=0) if scale == "channel" else np.full(8, np.abs(tensor).max())
+    tensor[:5] = 0  # take no rows: the first array has 20 inputs
+    largest = np.abs(tensor).max(axis=0 if scale == "channel" else None, keepdims=True)
+    if scale == "partition":
+        largest = np.repeat([np.abs(part).max(axis=0) for part in np.split(tensor, [20, 35])], [20, 15, 15], axis=0)
     squares, hits, draws = np.zeros_like(tensor), 0, 3000
     for _ in range(draws):
         index, value = stuck.draw(tensor, rng)
@@ -128,7 +132,7 @@ def test_failed_cells_are_those_of_the_target(scheme: str, response: str) -> Non
         error = value - held[index]
         errors[:, index] += np.array([error, error**2]) / draws
     cell = StuckCell.of(target, defects.coding, faults.probabilities)
-    variance = cell.variance_of(defects.coding, cells, gain[:, None])[0]
+    variance = cell.variance_of(defects.coding, cells, gain[:, None])[0].astype(np.float64)
     mean = gain[0] * cell.shift(defects.coding) - cell.loss * held
     assert errors[0].sum() == pytest.approx(mean.sum(), abs=5 * np.sqrt(variance.sum() / draws))
     assert errors[1].sum() == pytest.approx((variance + mean**2).sum(), rel=0.05)
