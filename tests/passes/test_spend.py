@@ -369,7 +369,9 @@ def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Pa
     assert any(line.split() == ["W", str(copies[0]["count"]), *_errors(copies[0])] for line in shown.splitlines())
     assert "W, copy 1, inputs 0-23" in shown
     assert "W, copy 1" in call("show", out, "--array", "3") + call("show", out, "--array", "4")
-    call("validate", out, "--runs", "2", "--images", "4", "--failure-rate", "0.01", "-q")
+    call(
+        "validate", out, "-o", str(tmp_path / "report"), "--runs", "2", "--images", "4", "--failure-rate", "0.01", "-q"
+    )
 
     assert "copies no array was left that a further copy" in " ".join(
         call(*spend, "--set", "arrays_per_core=3").split()
