@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from rerampile import ConfigError, Deployment, PlanFormatError, Target, compile_model, verify_deployment
 from rerampile.checks import check_placement
-from rerampile.copies import check_slice_copies
 from rerampile.plan import ArrayPlan, CopiesPlan, Plan
+from rerampile.slice_copies import check_slice_copies
 from rerampile.target import Cell
 
 Floats = npt.NDArray[np.float32]
