@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rerampile.deployment import Deployment, copy_span, footprint
 from rerampile.errors import PlanFormatError
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, ProtectionPlan, SliceCopy, Vote
+from rerampile.plan import ArrayPlan, Partition, Plan, ProtectionPlan, SliceCopy, Vote
 
 __all__ = ["check_slice_copies", "protected_outputs", "protection_of"]
 
@@ -68,6 +68,8 @@ def check_slice_copies(deployment: Deployment) -> None:
         if with_copies:
             raise PlanFormatError(f"$.arrays[{with_copies[0].id}]: copies without $.protection; the plan was changed")
         return
+    if plan.chip is not None or any(layer.copy_count > 1 for layer in plan.layers):
+        raise PlanFormatError("$.protection: of a programmed chip or beside averaged copies, expected none there")
     for array in with_copies:
         _check_array(deployment, array, plan.protection)
     covers: dict[tuple[int, int], list[Flags]] = {}
@@ -116,16 +118,16 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
             if layer == other:
                 taken[rows, columns] = True
     for copy in array.slice_copies:
-        home, held = _home(plan, copy, where)
+        held = plan.layers[_home(plan, copy, where).layer]
         original = plan.arrays[copy.array]
         if array.twin is not None and array.twin < array.id and original.twin is not None:
             original = plan.arrays[original.twin]
         if (original.roles, original.slices) != (array.roles, array.slices):
             raise PlanFormatError(f"{where}: a copy of array {copy.array}, whose columns have other roles or slices")
-        if protection.slices > held.slices or home.flipped:
+        if protection.slices > held.slices:
             raise PlanFormatError(
                 f"{where}: copies of {protection.slices} slices of layer '{held.name}', expected at most the "
-                f"{held.slices} that it has, of columns that have not changed roles"
+                f"{held.slices} that it has"
             )
         rows, columns = copy_span(copy, array, protection.slices)
         if rows.stop > target.rows or columns.stop > target.columns:
@@ -138,8 +140,8 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
         taken[rows, columns] = True
 
 
-def _home(plan: Plan, copy: SliceCopy, where: str) -> tuple[Partition, LayerPlan]:
-    """Return the partition that a copy is of, and its layer."""
+def _home(plan: Plan, copy: SliceCopy, where: str) -> Partition:
+    """Return the partition that a copy is of."""
     if not (copy.array < len(plan.arrays) and copy.partition < len(plan.arrays[copy.array].partitions)):
         raise PlanFormatError(
             f"{where}: a copy of partition {copy.partition} of array {copy.array}, expected one of the plan"
@@ -150,7 +152,7 @@ def _home(plan: Plan, copy: SliceCopy, where: str) -> tuple[Partition, LayerPlan
             f"{where}: a copy of partition {copy.partition} of array {copy.array}, expected one of a single group, on "
             f"the first of two twins"
         )
-    return home, plan.layers[home.layer]
+    return home
 
 
 def _cover(plan: Plan, copy: SliceCopy, covers: dict[tuple[int, int], list[Flags]], where: str) -> None:

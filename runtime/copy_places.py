@@ -101,8 +101,9 @@ class CopyPlaces:
         for k in range(most):  # the copies of an array lie apart, so that at most one has the cell
             each = np.minimum(self.first[array] + k, len(self.layer) - 1)
             top, bottom, left, right = self.span[:, each]
-            inside = (self.first[array] + k < self.first[array + 1]) & (top <= row) & (row < bottom)
-            copy[inside & (left <= column) & (column < right)] = each[inside & (left <= column) & (column < right)]
+            inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
+            inside &= self.first[array] + k < self.first[array + 1]
+            copy[inside] = each[inside]
         found = np.flatnonzero(copy >= 0)
         copy, row, column = copy[found], row[found], column[found]
         input_ = self.inputs[self.input_at[copy] + row - self.span[0, copy]]

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from rerampile import ConfigError, Deployment, PlanFormatError, Target, compile_model, verify_deployment
 from rerampile.checks import check_placement
-from rerampile.plan import ArrayPlan, Plan
+from rerampile.plan import ArrayPlan, CopiesPlan, Plan
+from rerampile.slice_copies import check_slice_copies
 from rerampile.target import Cell
 
 Floats = npt.NDArray[np.float32]
@@ -270,6 +271,13 @@ def test_copies_need_their_part_of_the_plan_and_all_partitions(tmp_path: Path) -
     first = [msgspec.structs.replace(a, slice_copies=[c for c in a.slice_copies if c.array == 0]) for a in arrays]
     with pytest.raises(PlanFormatError, match="an output has copies in one partition and not in another"):
         check_placement(changed(deployment, first))
+    averaged = [
+        msgspec.structs.replace(layer, copies=CopiesPlan(count=2, error=0.5, error_single=1.0))
+        for layer in deployment.plan.layers
+    ]
+    doubled = msgspec.structs.replace(deployment.plan, layers=averaged)
+    with pytest.raises(PlanFormatError, match="of a programmed chip or beside averaged copies"):
+        check_slice_copies(with_plan(deployment, doubled))
     turned = msgspec.structs.replace(deployment.plan.protection, slices=4)
     with pytest.raises(PlanFormatError, match="copies of 4 slices of layer 'W0', expected at most the 3"):
         check_placement(changed(deployment, arrays, protection=turned))
@@ -289,10 +297,10 @@ def test_a_copy_among_columns_of_other_roles_is_refused(tmp_path: Path) -> None:
 
 
 def changed(deployment: Deployment, arrays: list[ArrayPlan], **fields: Any) -> Deployment:
-    return msgspec_replace(deployment, msgspec.structs.replace(deployment.plan, arrays=arrays, **fields))
+    return with_plan(deployment, msgspec.structs.replace(deployment.plan, arrays=arrays, **fields))
 
 
-def msgspec_replace(deployment: Deployment, plan: Plan) -> Deployment:
+def with_plan(deployment: Deployment, plan: Plan) -> Deployment:
     return Deployment(
         folder=deployment.folder, plan=plan, target=deployment.target, conductances=deployment.conductances
     )

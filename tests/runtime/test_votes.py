@@ -260,3 +260,14 @@ def test_variances_of_a_mean_are_those_that_are_drawn(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn.mean(axis=0).sum(), errors.mean_weights(model).sum(), rtol=0.1)
     plain = LayerErrors(build("MatMul", tmp_path / "plain", protect_msb=0), 0).variance(model).reshape(-1)
     assert 2.5 < plain[held].sum() / variance[held].sum() <= 3
+
+
+def test_what_a_median_and_a_mean_of_three_leave() -> None:
+    """The page's closed forms, of sums that are wrong by a normal error with probability q."""
+    rng = np.random.default_rng(0)
+    for q in (0.1, 0.5, 0.9):
+        errors = rng.standard_normal((400_000, 3)) * (rng.random((400_000, 3)) < q)
+        median = 1.5 * (1 - 2 / np.pi) * q**2 * (1 - q) + (1 - np.sqrt(3) / np.pi) * q**3
+        assert np.square(np.median(errors, axis=1)).mean() == pytest.approx(median, rel=0.03)
+        assert np.square(errors.mean(axis=1)).mean() == pytest.approx(q / 3, rel=0.03)
+        assert (median < q / 3) == (q < 0.7)
