@@ -44,7 +44,7 @@ def show_chip(
         folder: Where its deployment is, or None where that is known.
         requirements: Text, what was found, and whether it holds.
     """
-    heads: tuple[str, ...] = ("error", "cells touched", "lines moved", "segments flipped")
+    heads: tuple[str, ...] = ("error", "cells touched", "lines moved", "flipped")
     steps = new_table(("step", "left"), *((head, "right") for head in heads))
     for step in chip.steps:
         counts = (f"{count:,}" for count in (step.touched, step.moved, step.flipped))

@@ -98,7 +98,7 @@ class Prediction(msgspec.Struct, kw_only=True, frozen=True, tag_field="format", 
         folder: Name of the deployment folder.
         model: Name of the compiled model.
         mapping: Mapping scheme.
-        scale: One scale a tensor or a channel.
+        scale: One scale a tensor, a channel or a partition.
         data: Name of the data.
         images: Images of the calibration run.
         probe_images: Images of the noisy run of each layer.

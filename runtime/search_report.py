@@ -58,7 +58,7 @@ class SearchReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format"
         faults: Their fault model in words, stuck values included.
         seed: Seed of the chips of the selection; those that confirm and those of the final figures have the next two.
         mapping: Mapping scheme.
-        scale: One scale a tensor or a channel.
+        scale: One scale a tensor, a channel or a partition.
         engine: Engine that pruned.
         structure: What was pruned.
         protect: Layers that were not.

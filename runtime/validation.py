@@ -175,7 +175,7 @@ class ValidationReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="for
         model: Name of the compiled model.
         plan: What makes results comparable: digests, data, options.
         mapping: Mapping scheme.
-        scale: One scale a tensor or a channel.
+        scale: One scale a tensor, a channel or a partition.
         execution: How the model ran, and why so.
         precision: The arithmetic, fp32 or int8.
         int8: Of int8: how far it is from fp32.

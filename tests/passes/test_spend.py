@@ -160,18 +160,20 @@ def weights_of_chips(deployment: Deployment, chips: int) -> Doubles:
     return found.reshape(chips, *held.shape)
 
 
-@pytest.mark.parametrize("given", ["nothing", "images", "clip and correct"])
+@pytest.mark.parametrize("given", ["nothing", "images", "clip and correct", "partitions"])
 @pytest.mark.parametrize("mapping", ["differential", "offset"])
 def test_the_expected_error_is_that_of_many_chips(given: str, mapping: str, compile_text: Compile) -> None:
     """Around their mean; of the weights, or of the products on the images. The mean is that of one copy."""
     weights, data = outliers(16, 24), images(50, 24)
     x = np.eye(24) if given == "nothing" else inputs_of(data)
     options: dict[str, Any] = {} if given == "nothing" else {"calibration": data}
+    options |= {"scale": "partition"} if given == "partitions" else {}
     options |= {"clip": True, "correct": True} if given == "clip and correct" else {}
     energy = np.sum((x @ weights.T) ** 2)
     means = []
-    for arrays, count in ((1, 1), (4, 4)):
-        target = small(arrays_per_core=arrays)
+    for count in (1, 4):
+        cut = {"rows": 16, "arrays_per_core": 2 * count}  # two pieces of the inputs
+        target = small(**(cut if given == "partitions" else {"arrays_per_core": count}))
         deployment = compile_text(
             ONE,
             {"W": weights},
@@ -369,9 +371,7 @@ def test_the_command_line(model_of: Callable[..., onnx.ModelProto], tmp_path: Pa
     assert any(line.split() == ["W", str(copies[0]["count"]), *_errors(copies[0])] for line in shown.splitlines())
     assert "W, copy 1, inputs 0-23" in shown
     assert "W, copy 1" in call("show", out, "--array", "3") + call("show", out, "--array", "4")
-    call(
-        "validate", out, "-o", str(tmp_path / "report"), "--runs", "2", "--images", "4", "--failure-rate", "0.01", "-q"
-    )
+    call("validate", out, "--runs", "2", "--images", "4", "--failure-rate", "0.01", "-q", "-o", str(tmp_path / "v"))
 
     assert "copies no array was left that a further copy" in " ".join(
         call(*spend, "--set", "arrays_per_core=3").split()
