@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.deployment import footprint
 from rerampile.errors import ConfigError
 from rerampile.layer import Layer
-from rerampile.plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.slice_copies import protection_of
 from rerampile.target import Target
 from rerampile.unit import Unit
