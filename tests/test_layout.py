@@ -22,6 +22,7 @@ FACES = {
     "rerampile.chips_progress",
     "rerampile.chip_calibration",
     "rerampile.compare_command",
+    "rerampile.compile_command",
     "rerampile.fault_commands",
     "rerampile.finetune_command",
     "rerampile.prune_command",

@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from rerampile import cli
+from rerampile import compile_command
 from rerampile.cli import main
 from rerampile.compiler import PASSES
 from rerampile.deployment import Deployment, load_deployment
@@ -726,7 +726,7 @@ def test_the_mappings_on_offer_are_those_there_are() -> None:
     (mapping,) = (option for option in main.commands["compile"].params if option.name == "mapping")
     assert isinstance(mapping.type, click.Choice)
     assert tuple(mapping.type.choices) == MAPPINGS
-    assert cli._WEIGHED == WEIGHED
+    assert compile_command._WEIGHED == WEIGHED
 
 
 def test_no_help_loads_anything_heavy() -> None:
