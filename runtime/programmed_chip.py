@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy.typing as npt
 
 from rerampile.checks import check_checksums
@@ -17,7 +18,30 @@ from rerampile.runtime.executor import Outputs, open_executor
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps
 from rerampile.runtime.inject import Injector
 
-__all__ = ["chip_faults", "chip_outputs", "compiled_deployment", "outputs_with"]
+__all__ = ["CleanOf", "chip_faults", "chip_outputs", "compiled_deployment", "outputs_with"]
+
+
+class CleanOf(msgspec.Struct, kw_only=True, frozen=True):
+    """What a programmed chip is compared with.
+
+    Attributes:
+        compiled: Name of the folder of the deployment that it was programmed from.
+        found: Whether that was there, beside the chip's folder or above it: its metrics are ``clean``. Where it was
+            not, ``clean`` is of the chip itself, and drops say nothing.
+    """
+
+    compiled: str
+    found: bool
+
+    @property
+    def text(self) -> str:
+        """It in words."""
+        if self.found:
+            return f"of the compiled deployment '{self.compiled}'"
+        return (
+            f"of the chip itself: the deployment '{self.compiled}' that it was programmed from is not beside it, so "
+            f"that the drop is not known"
+        )
 
 
 def chip_faults(deployment: Deployment) -> FaultMap | None:

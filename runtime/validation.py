@@ -27,6 +27,7 @@ from rerampile.runtime.monte_carlo import (
     software_versions,
 )
 from rerampile.runtime.predict import Prediction
+from rerampile.runtime.programmed_chip import CleanOf
 from rerampile.runtime.statistics import (
     FIRST_STAGE,
     ChipStatistics,
@@ -275,29 +276,6 @@ class Requirement:
         compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.relation]
         found = at.metrics[self.metric].mean
         return RequirementResult(text=self.text, found=found, met=bool(compare(found, self.bound)))
-
-
-class CleanOf(msgspec.Struct, kw_only=True, frozen=True):
-    """What a programmed chip is compared with.
-
-    Attributes:
-        compiled: Name of the folder of the deployment that it was programmed from.
-        found: Whether that was there, beside the chip's folder or above it: its metrics are ``clean``. Where it was
-            not, ``clean`` is of the chip itself, and drops say nothing.
-    """
-
-    compiled: str
-    found: bool
-
-    @property
-    def text(self) -> str:
-        """It in words."""
-        if self.found:
-            return f"of the compiled deployment '{self.compiled}'"
-        return (
-            f"of the chip itself: the deployment '{self.compiled}' that it was programmed from is not beside it, so "
-            f"that the drop is not known"
-        )
 
 
 class RequirementResult(msgspec.Struct, kw_only=True, frozen=True):
