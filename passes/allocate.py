@@ -17,12 +17,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, Region, span_fields
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
+from rerampile.layer_plan import CopiesPlan
 from rerampile.passes.bins import Bin, Grid, Piece
 from rerampile.passes.protect import protected
 from rerampile.passes.spend import further_copies
-from rerampile.plan import ArrayPlan, CopiesPlan, Partition, Region, span_fields
 from rerampile.schemes import Coding
 from rerampile.target import Target
 from rerampile.totals import arrays_needed, arrays_spent

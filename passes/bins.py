@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rerampile.array_plan import Partition
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
-from rerampile.plan import Partition
 from rerampile.schemes import Coding
 from rerampile.target import Target
 

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.layer import Layer
+from rerampile.layer_plan import ClipPlan
 from rerampile.passes.correct import shared_moment
 from rerampile.passes.full_scale import FaultNoise, Losses, least_by_segment, losses_of
 from rerampile.passes.weigh import placed, stuck_cell
-from rerampile.plan import ClipPlan
 from rerampile.unit import InputMoments, MappedLayer, Unit
 
 __all__ = ["clipped", "unclipped"]

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from rerampile.editable_model import can_shift
 from rerampile.layer import Layer
+from rerampile.layer_plan import CorrectionPlan
 from rerampile.passes.weigh import placed, stuck_cell
-from rerampile.plan import CorrectionPlan
 from rerampile.schemes import row_chunks
 from rerampile.stuck_cell import StuckCell
 from rerampile.unit import InputMoments, MappedLayer, Unit

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.deployment import footprint
 from rerampile.errors import ConfigError
 from rerampile.layer import Layer
-from rerampile.plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.slice_copies import protection_of
 from rerampile.target import Target
 from rerampile.unit import Unit
@@ -36,8 +36,7 @@ def check_protection(target: Target, slices: int) -> None:
     """Refuse to copy slices that weights do not have.
 
     Raises:
-        ConfigError: The target does not slice weights, has too few slices, or cuts off the pairs of failed cells, which
-            are neighbours where weights lie, and not where copies do.
+        ConfigError: The target does not slice weights, or has too few slices.
     """
     if target.slices == 1:
         raise ConfigError(
@@ -47,11 +46,6 @@ def check_protection(target: Target, slices: int) -> None:
     if not 1 <= slices <= target.slices:
         raise ConfigError(
             f"--protect-msb {slices}: expected 1 to {target.slices}, the slices of target '{target.name}'"
-        )
-    if target.failed_cells.isolates_pairs:
-        raise ConfigError(
-            f"--protect-msb {slices}: target '{target.name}' cuts off the pair of a failed cell, and which cells of "
-            f"copies are pairs is not known; expected another failed_cells.response"
         )
 
 

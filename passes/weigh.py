@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rerampile.layer import Layer
-from rerampile.plan import MappingChoice, SchemeEstimate
+from rerampile.layer_plan import MappingChoice, SchemeEstimate
 from rerampile.schemes import Coding, row_chunks
 from rerampile.segments import Segments
 from rerampile.stuck_cell import StuckCell

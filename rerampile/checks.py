@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, Region
 from rerampile.deployment import Deployment, footprint, layer_coding, layer_segments
 from rerampile.errors import CapacityError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
+from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import file_sha256
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, Region, plan_checksum
+from rerampile.plan import Plan, plan_checksum
 from rerampile.schemes import Coding, row_chunks
 from rerampile.slice_copies import check_slice_copies
 

@@ -13,9 +13,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, SliceCopy
 from rerampile.errors import ConfigError, PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Plan, SliceCopy, read_plan
+from rerampile.layer_plan import LayerPlan
+from rerampile.plan import Plan, read_plan
 from rerampile.schemes import Coding
 from rerampile.segments import Segments
 from rerampile.target import Target

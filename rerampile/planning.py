@@ -14,18 +14,8 @@ from onnx import TensorProto
 
 from rerampile.deployed_model import deployed_ir_version
 from rerampile.layer import Fold, Layer
-from rerampile.plan import (
-    NO_SHA256,
-    Conventions,
-    DigitalPlan,
-    FoldPlan,
-    LayerPlan,
-    MaskPlan,
-    ModelRecord,
-    Plan,
-    Producer,
-    Use,
-)
+from rerampile.layer_plan import FoldPlan, LayerPlan, MaskPlan, Use
+from rerampile.plan import NO_SHA256, Conventions, DigitalPlan, ModelRecord, Plan, Producer
 from rerampile.totals import totals_of, weights_without_cells
 from rerampile.unit import Unit
 from rerampile.version import __version__

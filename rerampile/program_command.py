@@ -17,8 +17,8 @@ from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
     from rerampile.chip_calibration import Calibration
+    from rerampile.chip_plan import ChipPlan
     from rerampile.deployment import Deployment
-    from rerampile.plan import ChipPlan
 
 __all__ = ["program"]
 

@@ -18,22 +18,15 @@ import numpy.typing as npt
 from rerampile.background import side_by_side
 from rerampile.checks import weight_bytes
 from rerampile.chip_calibration import Calibration
+from rerampile.chip_plan import ChipLayer, ChipPlan, ChipStep, Unrepaired
 from rerampile.compiler import written_whole
 from rerampile.deployment import Deployment, layer_coding, layer_segments, load_deployment
 from rerampile.digital_bias import shifted_model
 from rerampile.errors import ConfigError, InternalError
 from rerampile.files import CONDUCTANCES, DEPLOYED, FAULTS, PLAN, REFERENCE
+from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import file_sha256, hash_on_disk
-from rerampile.plan import (
-    ChipLayer,
-    ChipPlan,
-    ChipStep,
-    FileRecord,
-    LayerPlan,
-    Plan,
-    Unrepaired,
-    encode_plan,
-)
+from rerampile.plan import FileRecord, Plan, encode_plan
 from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.compare import flat, output_error
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps

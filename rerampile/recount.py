@@ -18,7 +18,8 @@ from rerampile.digital_bias import check_shifts
 from rerampile.errors import PlanFormatError
 from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
 from rerampile.graph import named_nodes, operator_of
-from rerampile.plan import Conventions, CopiesPlan
+from rerampile.layer_plan import CopiesPlan
+from rerampile.plan import Conventions
 from rerampile.schemes import row_chunks
 from rerampile.slice_copies import protection_of
 from rerampile.totals import totals_of, weights_without_cells

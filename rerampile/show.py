@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rerampile.array_plan import ArrayPlan, Partition
 from rerampile.cell_picture import cell_picture
 from rerampile.deployment import Deployment, copy_span, layer_coding, partition_blocks
 from rerampile.failed_cells import FailedCells
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import ArrayPlan, DigitalPlan, Partition, Plan, ProtectionPlan, Verification
+from rerampile.plan import DigitalPlan, Plan, ProtectionPlan, Verification
 from rerampile.show_mapping import clip_words, copies_words
 from rerampile.show_program import show_chip
 from rerampile.target import Target

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from rerampile.plan import ClipPlan, CopiesPlan, LayerPlan, Plan
+from rerampile.layer_plan import ClipPlan, CopiesPlan, LayerPlan
+from rerampile.plan import Plan
 from rerampile.schemes import SCHEMES
 from rerampile.terminal import new_table, print_parts, printable
 from rerampile.totals import arrays_spent

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rerampile.chip_plan import ChipPlan
 from rerampile.failed_cells import counts_text
-from rerampile.plan import ChipPlan, LayerPlan
+from rerampile.layer_plan import LayerPlan
 from rerampile.terminal import facts_table, new_table, print_parts, printable
 
 __all__ = ["show_bins", "show_chip"]

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition, SliceCopy
 from rerampile.deployment import Deployment, copy_span, footprint
 from rerampile.errors import PlanFormatError
-from rerampile.plan import ArrayPlan, Partition, Plan, ProtectionPlan, SliceCopy, Vote
+from rerampile.plan import Plan, ProtectionPlan, Vote
 
 __all__ = ["check_slice_copies", "protected_outputs", "protection_of"]
 

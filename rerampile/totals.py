@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from rerampile.plan import ArrayPlan, LayerPlan, Region, Totals
+from rerampile.array_plan import ArrayPlan, Region
+from rerampile.layer_plan import LayerPlan
+from rerampile.plan import Totals
 from rerampile.target import Target
 
 __all__ = ["arrays_needed", "arrays_spent", "totals_of", "weights_without_cells"]

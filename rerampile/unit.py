@@ -11,20 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Region
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
+from rerampile.layer_plan import ClipPlan, CopiesPlan, CorrectionPlan, MappingChoice
 from rerampile.onnx_file import ModelFile
-from rerampile.plan import (
-    ArrayPlan,
-    ClipPlan,
-    CopiesPlan,
-    CorrectionPlan,
-    MappingChoice,
-    Plan,
-    ProtectionPlan,
-    Region,
-    Vote,
-)
+from rerampile.plan import Plan, ProtectionPlan, Vote
 from rerampile.pruning import PrunedModel
 from rerampile.schemes import Coding, MappingName, Scale
 from rerampile.segments import Segments

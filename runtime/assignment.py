@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from rerampile.array_plan import ArrayPlan, Partition
 from rerampile.background import side_by_side
 from rerampile.deployment import Deployment, layer_coding, layer_segments
-from rerampile.plan import ArrayPlan, Partition, Plan
+from rerampile.plan import Plan
 from rerampile.runtime.compensation import HitWeights
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.inject import as_read, column_parts

@@ -21,8 +21,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rerampile.deployment import Deployment
+from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import ModelFile, iter_graphs
-from rerampile.plan import LayerPlan
 from rerampile.runtime.plain_model import PlainModel, declare_weight, weight_options
 from rerampile.runtime.session import open_session, release_memory
 from rerampile.runtime.weight_buffers import Place, WeightBuffers, tensor_place

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, SliceCopy
 from rerampile.deployment import Deployment, copy_span, layer_segments
 from rerampile.errors import ConfigError
-from rerampile.plan import ArrayPlan, SliceCopy
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.stuck_cells import StuckCells

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition
 from rerampile.checks import check_placement
 from rerampile.deployment import Deployment, flipped_outputs, layer_coding, layer_segments, lines
-from rerampile.plan import ArrayPlan, LayerPlan, Partition, Vote
+from rerampile.layer_plan import LayerPlan
+from rerampile.plan import Vote
 from rerampile.runtime.copy_places import CopyPlaces
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap
 from rerampile.runtime.sorting import sort_with_order

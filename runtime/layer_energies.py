@@ -18,9 +18,9 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from rerampile.deployment import Deployment
+from rerampile.layer_plan import LayerPlan
 from rerampile.matrix_view import MatrixView
 from rerampile.onnx_file import copy_without, iter_graphs
-from rerampile.plan import LayerPlan
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.layer_outputs import by_group_and_output
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.chip_plan import ChipLayer, Unrepaired
 from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.errors import ConfigError
-from rerampile.plan import ChipLayer, Unrepaired
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.inject import LayerCells, LayerFaults

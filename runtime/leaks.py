@@ -16,8 +16,8 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from rerampile.errors import FaultRunError
+from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import copy_without, iter_graphs
-from rerampile.plan import LayerPlan
 from rerampile.runtime.plain_model import declare_weight
 
 if TYPE_CHECKING:

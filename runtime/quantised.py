@@ -28,7 +28,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.errors import ConfigError, FaultRunError
-from rerampile.plan import LayerPlan
+from rerampile.layer_plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
 from rerampile.runtime.plain_model import PlainModel, declare_weight
 from rerampile.schemes import Coding

@@ -24,8 +24,9 @@ from rerampile.deployment import Deployment, layer_coding, layer_segments, load_
 from rerampile.errors import FaultRunError, InternalError, PlanFormatError, UnsupportedModelError
 from rerampile.files import CONDUCTANCES, DEPLOYED, MASKS, PLAN, REFERENCE
 from rerampile.layer import Layer
+from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import hash_on_disk
-from rerampile.plan import FileRecord, LayerPlan, Verification, encode_plan, read_plan
+from rerampile.plan import FileRecord, Verification, encode_plan, read_plan
 from rerampile.recount import check_counts, check_nodes, check_sums
 from rerampile.runtime.compare import flat, input_sensitivity, output_error, require_tolerance
 from rerampile.runtime.inputs import fitting_inputs, inputs_from_file

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.plan import LayerPlan
+from rerampile.layer_plan import LayerPlan
 
 __all__ = ["Place", "WeightBuffers", "tensor_place"]
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.array_plan import ArrayPlan, Partition
 from rerampile.deployment import Deployment, layer_coding, layer_segments
-from rerampile.plan import ArrayPlan, Partition
 from rerampile.runtime.faults import FaultModel
 from rerampile.schemes import row_chunks
 from rerampile.slice_copies import protected_outputs

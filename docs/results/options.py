@@ -17,13 +17,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 from tables import HERE, accuracy, command, shown_model, table
 
 from rerampile import compile_model
+from rerampile.deployment import load_deployment
 from rerampile.runtime.data import open_dataset, training_split
 from rerampile.runtime.dataset import Dataset
 from rerampile.runtime.faults import FaultModel
@@ -32,6 +33,8 @@ from rerampile.runtime.pictures import render
 from rerampile.runtime.session import open_session
 from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
 from rerampile.runtime.validation import MetricReport, validate
+from rerampile.schemes import WEIGHED, MappingName, Scale
+from rerampile.target import Target
 
 DROP = 1.0
 """Points at which failure rates are compared."""
@@ -41,21 +44,22 @@ DROP = 1.0
 class Option:
     """A way to compile."""
 
-    mapping: str
-    scale: Literal["tensor", "channel"]
+    mapping: MappingName
+    scale: Scale
     clip: bool = False
     correct: bool = False
+    spend: bool = False
 
     @property
     def name(self) -> str:
         """As on the command line."""
-        flags = [flag for flag, used in (("--clip", self.clip), ("--correct", self.correct)) if used]
-        return " ".join([self.mapping, self.scale, *flags])
+        flags = {"--clip": self.clip, "--correct": self.correct, "--spend-spare-arrays": self.spend}
+        return " ".join([self.mapping, self.scale, *(flag for flag, used in flags.items() if used)])
 
     @property
     def any_rate(self) -> bool:
         """Whether the deployment is the same for all failure rates."""
-        return self.mapping not in ("optimal", "auto") and not self.clip and not self.correct
+        return self.mapping not in WEIGHED and not (self.clip or self.correct or self.spend)
 
 
 OPTIONS = (
@@ -71,6 +75,9 @@ OPTIONS = (
     Option("optimal", "channel", clip=True),
     Option("optimal", "channel", correct=True),
     Option("optimal", "channel", clip=True, correct=True),
+    Option("optimal", "partition", clip=True, correct=True),
+    Option("optimal", "channel", spend=True),
+    Option("optimal", "partition", clip=True, correct=True, spend=True),
 )
 """The first is the baseline: the paper's two columns."""
 
@@ -116,11 +123,13 @@ def run(option: Option, rate: float, images: Dataset, options: argparse.Namespac
         compile_model(
             options.model,
             out=folder,
+            target=Target.load("paper", {"arrays_per_core": 2 * needed(options)} if option.spend else {}),
             mapping=option.mapping,
             faults=faults,
             scale=option.scale,
             clip=option.clip,
             correct=option.correct,
+            spend_spare_arrays=option.spend,
             calibration=images if option.clip or option.correct else None,
             calibration_images=options.calibration_images,
         )
@@ -128,6 +137,11 @@ def run(option: Option, rate: float, images: Dataset, options: argparse.Namespac
     experiment = Experiment(folder=folder, faults=(faults,), data=options.data, images_per_run=few, batch=options.batch)
     report = validate(experiment, journal, runs=options.runs)
     return next(iter(report.rates[0].metrics.values()))
+
+
+def needed(options: argparse.Namespace) -> int:
+    """Return how many arrays the model takes: spare ones are beside those."""
+    return load_deployment(options.work / f"{OPTIONS[0].name.replace(' ', '-')}.deployment").plan.totals.arrays
 
 
 def clean_values(lines: list[Line], rates: list[float]) -> dict[float, list[float]]:
@@ -151,7 +165,8 @@ def page(lines: list[Line], options: argparse.Namespace) -> str:
         "5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all options,",
         f"{seen}; {first.clean:.2f} % without faults. `optimal`, `auto`, `--clip` and `--correct`",
         f"are chosen for each rate; the latter two from {options.calibration_images} training images. Nothing is known",
-        f"of a chip. Where an option had lost more than {options.give_up:g} points, higher rates were not run.",
+        "of a chip. `--spend-spare-arrays` has a target of twice the arrays that the model needs. Where an option had",
+        f"lost more than {options.give_up:g} points, higher rates were not run.",
         "",
         *([] if options.note is None else [options.note, ""]),
         f"![drop over failure rate]({options.name}.svg)",

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerampile import CapacityError, Deployment, Target, compile_model
+from rerampile.array_plan import ArrayPlan
 from rerampile.checks import check_placement
-from rerampile.plan import ArrayPlan, CopiesPlan, LayerPlan
+from rerampile.layer_plan import CopiesPlan, LayerPlan
 from rerampile.schemes import MAPPINGS
 from rerampile.target import Cell
 

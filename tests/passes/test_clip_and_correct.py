@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from rerampile import ConfigError, Deployment, Target, compile_model, verify_deployment
 from rerampile.cli import main
+from rerampile.layer_plan import ClipPlan, CorrectionPlan
 from rerampile.passes import map as map_pass
-from rerampile.plan import ClipPlan, CorrectionPlan
 from rerampile.runtime.dataset import ArrayDataset
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerampile import ConfigError, Deployment, PlanFormatError, Target, compile_model, verify_deployment
+from rerampile.array_plan import ArrayPlan
 from rerampile.checks import check_placement
-from rerampile.plan import ArrayPlan, CopiesPlan, Plan
+from rerampile.layer_plan import CopiesPlan
+from rerampile.plan import Plan
 from rerampile.slice_copies import check_slice_copies
 from rerampile.target import Cell
 

@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerampile import ConfigError, Deployment, PlanFormatError, Target, verify_deployment
+from rerampile.array_plan import Partition
 from rerampile.checks import check_placement
 from rerampile.cli import main
+from rerampile.layer_plan import CopiesPlan
 from rerampile.passes.bins import Bin, Grid, Piece
 from rerampile.passes.spend import MOST_COPIES, further_copies
-from rerampile.plan import CopiesPlan, Partition, decode_plan, encode_plan
+from rerampile.plan import decode_plan, encode_plan
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.recount import check_sums
 from rerampile.runtime.dataset import ArrayDataset

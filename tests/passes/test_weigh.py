@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from rerampile import ConfigError, Deployment, compile_model, verify_deployment
-from rerampile.plan import MappingChoice
+from rerampile.layer_plan import MappingChoice
 from rerampile.runtime.data import open_dataset
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults

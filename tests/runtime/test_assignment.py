@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from rerampile import Deployment, Target, compile_model, verify_deployment
-from rerampile.plan import Partition
+from rerampile.array_plan import Partition
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.fault_map import STUCK_OFF, STUCK_ON, ChipGeometry, FaultMap, stuck_ends

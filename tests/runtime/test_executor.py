@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
 
 from rerampile import ConfigError, Deployment, FaultRunError, Target, compile_model
+from rerampile.layer_plan import LayerPlan
 from rerampile.matrix_view import MatrixView
-from rerampile.plan import LayerPlan
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults

@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from rerampile import ConfigError, Deployment, FaultRunError, Target, compile_model
-from rerampile.deployment import layer_coding
+from rerampile.deployment import layer_coding, layer_segments
 from rerampile.failed_cells import FailedCells
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, stuck_ends
@@ -91,7 +91,7 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
     plan = deployment.plan
     layer, protection = plan.layers[0], plan.protection
     assert protection is not None
-    coding, gain = layer_coding(deployment.target, layer), deployment.gain(layer).astype(np.float64)
+    coding, gains = layer_coding(deployment.target, layer), deployment.gain(layer).astype(np.float64)
     geometry = ChipGeometry.of(deployment)
     cell, conductance = as_read(deployment.target, geometry, faults)
     at, row, column = geometry.locate(cell)
@@ -108,6 +108,7 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
         width = len(array.roles) * len(array.slices)
         for position, part in enumerate(array.partitions):
             inputs, outputs = np.array(part.input_indices), part.output_indices
+            gain = gains.reshape(layer.outputs, -1)[:, layer_segments(layer).number_of(inputs[:1])[0]]
             currents = rows_in[:, inputs] @ pictures[array.id][part.row : part.row + len(inputs)]
             copies = np.zeros((2, len(rows_in), len(outputs), protection.slices * len(array.roles)))
             there = set()
@@ -156,6 +157,7 @@ def simulate(deployment: Deployment, faults: FaultMap, rows_in: Doubles) -> Doub
             },
         ),
         ("MatMul", {"target": target_of(failed_cells=FailedCells(response="bounded"))}),
+        ("MatMul", {"mapping": "differential", "scale": "partition"}),
         ("left MatMul", {}),
         ("Gemm", {"mapping": "balanced"}),
         ("left Gemm", {}),
