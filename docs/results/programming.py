@@ -58,13 +58,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     calibration = None
     for rate in options.rates:
         for chip in range(options.runs):
-            for variant in [v for v in VARIANTS if not kept.has(rate, chip, v)]:
+            for variant in [v for v in options.lines if not kept.has(rate, chip, v)]:
                 if variant in CALIBRATED_VARIANTS and calibration is None:
                     calibration = calibrated(deployment, options)
                 seen = calibration if variant in CALIBRATED_VARIANTS else None
                 kept.add(one(deployment, rate, chip, variant, seen, options))
                 print(f"{rate:g}, chip {chip}, {variant}: {kept.figures[-1]['value']:.2f}", flush=True)
-    return [f for f in kept.figures if f["rate"] in options.rates and f["chip"] < options.runs]
+    return [
+        f
+        for f in kept.figures
+        if f["rate"] in options.rates and f["chip"] < options.runs and f["variant"] in options.lines
+    ]
 
 
 def identity(options: argparse.Namespace) -> dict[str, Any]:
@@ -169,17 +173,17 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"worst chip in brackets; {images}, mapping `{options.mapping}`. Lines with `repair` or `bias` learn from",
         f"{options.calibration_images} training images without their labels; the others know nothing of inputs.",
         "",
-        *table(heads, [row(figures, v, options) for v in VARIANTS]),
+        *table(heads, [row(figures, v, options) for v in options.lines]),
         "",
         "What `rerampile program` predicts: mean error of the layers in percent, and in brackets the weights that",
         "faults hit and that stay wrong. Lines that learn from images weigh errors by what layers see.",
         "",
-        *table(heads, [predicted(figures, v, options) for v in list(VARIANTS)[1:]]),
+        *table(heads, [predicted(figures, v, options) for v in options.lines[1:]]),
         "",
         "Median seconds that a chip takes from fault map to verified folder, in brackets those of all processors.",
         "The calibration is done once for any number of chips, and not counted.",
         "",
-        *table(heads, [times(figures, v, options) for v in list(VARIANTS)[1:]]),
+        *table(heads, [times(figures, v, options) for v in options.lines[1:]]),
         "",
         f"Every chip's figures are in [{options.name}.json]({options.name}.json).",
         *command("programming.py", repeat(options)),
@@ -227,6 +231,7 @@ def repeat(options: argparse.Namespace) -> list[str]:
     words = [shown_model(options.model), "--data", options.shown_data, "--name", options.name, "--title", options.title]
     words += ["--failure-rate", ",".join(f"{rate:g}" for rate in options.rates), "--runs", str(options.runs)]
     words += [] if options.images is None else ["--images", str(options.images)]
+    words += [] if options.lines == list(VARIANTS) else ["--lines", "; ".join(options.lines[1:])]
     return [*words, "--calibration-images", str(options.calibration_images), "--mapping", options.mapping]
 
 
@@ -240,6 +245,7 @@ def main() -> None:
     parser.add_argument("--title", required=True)
     parser.add_argument("--mapping", default="differential")
     parser.add_argument("--failure-rate", default="0.02,0.108")
+    parser.add_argument("--lines", default="; ".join(VARIANTS), help="the ones to measure, beside 'as compiled'")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--images", type=int)
     parser.add_argument("--calibration-images", type=int, default=256)
@@ -247,6 +253,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results.work"), help="where chips and figures are kept")
     options = parser.parse_args()
     options.shown_data = options.shown_data or options.data
+    chosen = {line.strip() for line in options.lines.split(";")} | {next(iter(VARIANTS))}
+    if not chosen <= set(VARIANTS):
+        parser.error(f"--lines: expected some of: {'; '.join(VARIANTS)}")
+    options.lines = [line for line in VARIANTS if line in chosen]
     options.rates = [float(rate) for rate in options.failure_rate.split(",")]
     options.work.mkdir(parents=True, exist_ok=True)
     figures = measure(options)
