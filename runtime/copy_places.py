@@ -116,10 +116,10 @@ class CopyPlaces:
             position=start + input_,
             part=part,
             segment=segment,
-            input_segment=input_segment,
+            input_segment=input_segment.astype(np.int32),
             conductance=conductance[found],
             cell=cell[found],
-            number=self.number[copy],
+            number=self.number[copy].astype(np.uint8),
         )
 
 

@@ -189,7 +189,7 @@ class _Places:
     column_start: Integers
     column_part: Integers
     column_segment: Integers
-    column_input_segment: Integers
+    column_input_segment: npt.NDArray[np.int32]
     copies: CopyPlaces
 
     @classmethod
@@ -232,7 +232,7 @@ class _Places:
             column_start=columns[1].reshape(-1),
             column_part=parts.reshape(-1),
             column_segment=segments.reshape(-1),
-            column_input_segment=input_segments.reshape(-1),
+            column_input_segment=input_segments.reshape(-1).astype(np.int32),
             copies=CopyPlaces.of(deployment, segments),
         )
 
@@ -249,10 +249,16 @@ class _Places:
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
-        row, column = row[matters], column[matters]
+        row, column, layer, at_home = (
+            row[matters],
+            column[matters],
+            layer[matters],
+            (row_block == column_block)[matters],
+        )
+        del row_block, column_block  # workers have little room
         found = StuckCells(
-            layer=layer[matters],
-            at_home=(row_block == column_block)[matters],
+            layer=layer,
+            at_home=at_home,
             in_group=self.row_group[row],
             position=self.column_start[column] + self.row_input[row],
             part=self.column_part[column],
@@ -260,7 +266,7 @@ class _Places:
             input_segment=self.column_input_segment[column],
             conductance=conductance[matters],
             cell=cell[matters],
-            number=np.zeros(len(matters), np.int64),
+            number=np.zeros(len(matters), np.uint8),
         )
         copied = self.copies.resolve(cell, conductance, geometry)
         return found if copied is None else found.joined(copied)

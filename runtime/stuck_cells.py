@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +37,10 @@ class StuckCells:
     position: Integers
     part: Integers
     segment: Integers
-    input_segment: Integers
+    input_segment: npt.NDArray[np.integer[Any]]
     conductance: Floats
     cell: Integers
-    number: Integers
+    number: npt.NDArray[np.integer[Any]]
 
     def take(self, which: Integers | slice) -> StuckCells:
         """Return some of them."""

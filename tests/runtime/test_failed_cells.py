@@ -303,7 +303,9 @@ def test_from_a_target_file_to_a_report(small_model_file: Path, tmp_path: Path) 
     assert options["categories"] == pytest.approx({name: 0.001 * share for name, share in SHARES.items()})
 
     shown = call("show", folder)
-    assert "failed cells  bounded, 1 µS to 100 µS; 30% unformed, 20% partially-formed, 50% over-formed" in shown.output
+    assert "failed cells bounded, 1 µS to 100 µS; 30% unformed, 20% partially-formed, 50% over-formed" in " ".join(
+        shown.output.split()
+    )
     shown = call("validate", folder, "-q", "--images", 8, "--runs", 2, "--failure-rate", 0.1, "-o", tmp_path / "v")
     assert "bounded; unformed 0.0" in " ".join(shown.output.split())
     faults = json.loads((tmp_path / "v" / "report.json").read_text())["rates"][0]["faults"]
