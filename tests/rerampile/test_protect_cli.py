@@ -133,3 +133,13 @@ def test_a_changed_protection_is_found(model: Path, tmp_path: Path) -> None:
     other = msgspec.structs.replace(plan.protection, weights=plan.protection.weights + 1)
     (out / "plan.json").write_bytes(encode_plan(msgspec.structs.replace(plan, protection=other)))
     assert f"$.protection.weights: {other.weights}, expected {other.weights - 1}" in refused("verify", out)
+
+
+def test_another_vote_is_another_experiment(model: Path, tmp_path: Path) -> None:
+    """Cells, places and model are the same; chips that were run with the other vote say nothing."""
+    out = tmp_path / "out"
+    words = ("validate", out, "--failure-rate", 0.05, "--runs", 1, "--images", 8, "-q", "-o", tmp_path / "report")
+    run("compile", model, *TARGET, "--protect-msb", 1, "-o", out, "-q")
+    assert run(*words).exit_code == 0
+    run("compile", model, *TARGET, "--protect-msb", 1, "--vote", "mean", "-o", out, "-q")
+    assert 'protection was [1, "median"], now [1, "mean"]; remove it to start anew' in refused(*words)
