@@ -416,6 +416,10 @@ def test_biases_of_the_deployed_model_are_shifted(deployment: Deployment, tmp_pa
         (chip.folder / "plan.json").write_bytes(encode_plan(plan))
         with pytest.raises(PlanFormatError, match=message):
             verify_deployment(chip.folder)
+    more = msgspec.structs.replace(chip.plan.chip, layers=[*chip.plan.chip.layers, chip.plan.chip.layers[0]])
+    (chip.folder / "plan.json").write_bytes(encode_plan(msgspec.structs.replace(chip.plan, chip=more)))
+    with pytest.raises(PlanFormatError, match=r"chip.layers: 3, expected one for each of the 2 layers"):
+        verify_deployment(chip.folder)
 
 
 def test_a_bias_of_two_layers_is_left_alone(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
@@ -437,6 +441,35 @@ def test_a_bias_of_two_layers_is_left_alone(parse_model: Callable[..., onnx.Mode
     calibration = calibrate(deployment, data, 8)
     assert sorted(calibration.moments) == [0, 1]
     assert not calibration.biases
+
+
+def test_what_leaks_between_groups_is_in_the_outputs_alone(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """Two groups on twin arrays, with a gain a partition: a cell that joins them is in no error of the layer."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 1, 1), np.float32)
+    text = "agraph (float[N, 6, 2, 2] x) => (float[N, 4, 2, 2] y) { y = Conv <group: int = 2> (x, W) }"
+    target = Target.from_dict(
+        {"name": "t", "rows": 8, "columns": 8, "pair_layout": "twin", "cell": {"g_off": 1e-6, "g_on": 1e-4}}
+    )
+    deployment = compile_model(
+        parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}', W=weight),
+        out=tmp_path / "out",
+        target=target,
+        mapping="two_column",
+        scale="partition",
+    )
+    (tmp_path / "map.csv").write_text("array,row,column,state\n0,0,2,stuck_on\n")
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "map.csv", "-o", tmp_path / "chip", "-q")
+    assert done.exit_code == 0, done.output
+    chip = load_deployment(tmp_path / "chip").plan.chip
+    assert chip is not None
+    assert [step.error for step in chip.steps] == [0.0] * 4
+    assert chip.layers[0].beside == 1
+    assert chip.output_error is not None
+    assert chip.output_error > 0.01
+    assert "1 cells stuck that join blocks: what leaks is in the outputs" in " ".join(done.output.split())
+    verify_deployment(tmp_path / "chip")
 
 
 def test_a_chip_without_faults_is_what_was_compiled(deployment: Deployment, tmp_path: Path) -> None:

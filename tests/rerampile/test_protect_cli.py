@@ -64,11 +64,11 @@ def test_from_compile_to_validate(model: Path, tmp_path: Path) -> None:
     shown = run("show", out, "-v").output
     share = f"{plan.protection.weights:,} of {plan.protection.weights_with_cells:,} weights"
     assert f"{share}: two copies of 1 slice each" in shown
-    assert "copies: A" in shown
+    assert "copies of slices: A" in shown
     data = json.loads(run("show", out, "--json").stdout)
     assert data["protection"]["cells"] == plan.protection.cells
     with_copies = next(array for array in plan.arrays if array.slice_copies)
-    assert ", copy 1" in run("show", out, "--array", with_copies.id).output
+    assert ", copy 1 of slices" in run("show", out, "--array", with_copies.id).output
 
     words = ("validate", out, "--failure-rate", 0.02, "--runs", 2, "--images", 8, "-q", "--json")
     done = run(*words, "-o", tmp_path / "report")
