@@ -335,7 +335,7 @@ def _flipped(plan: Plan, layers: Sequence[_Programmed]) -> Plan:
     partitions = [list(array.partitions) for array in plan.arrays]
     segment = 0
     for array in plan.arrays:
-        if array.twin is not None and array.twin < array.id:
+        if array.is_second_twin:
             continue
         for place, partition in enumerate(array.partitions):
             count = (partition.groups[1] - partition.groups[0]) * partition.output_count
