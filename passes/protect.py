@@ -82,7 +82,7 @@ def _homes(arrays: Sequence[ArrayPlan], layers: int) -> list[list[_Home]]:
     """Return the partitions of each layer, twins once."""
     found: list[list[_Home]] = [[] for _ in range(layers)]
     for array in arrays:
-        if array.twin is None or array.twin > array.id:
+        if not array.is_second_twin:
             for position, partition in enumerate(array.partitions):
                 found[partition.layer].append(_Home(array.id, position, partition))
     return found
@@ -114,7 +114,7 @@ class _Space:
         """Return what lies beside and below all partitions of each array, of twins the first."""
         free = []
         for array in arrays:
-            if array.twin is None or array.twin > array.id:
+            if not array.is_second_twin:
                 spans = [footprint(p, len(array.roles) * len(array.slices)) for p in array.partitions]
                 row, column = (max(span[axis].stop for span in spans) for axis in (0, 1))
                 free.append((array.id, 0, column, target.rows, target.columns - column))

@@ -163,6 +163,11 @@ class ArrayPlan(Record, kw_only=True, frozen=True, omit_defaults=True):
     twin: Count | None = None
     slice_copies: list[SliceCopy] = []
 
+    @property
+    def is_second_twin(self) -> bool:
+        """Whether an earlier array holds the same weights, with their other cells."""
+        return self.twin is not None and self.twin < self.id
+
 
 class Region(Record, _Rectangle, kw_only=True, frozen=True, omit_defaults=True):
     """A rectangle of a layer's matrix that takes no cells: all its weights are zero.

@@ -35,7 +35,8 @@ class ChipLayer(Record, kw_only=True, frozen=True):
 
     Attributes:
         stuck: Stuck cells on a row and a column of the layer.
-        beside: Those of them that hold no weight, but join blocks of the layer; no step changes what they do.
+        beside: Those of them that hold no weight, but join blocks of the layer. No step makes up for them, and where
+            blocks are of different groups, what leaks between them is in no error but that of the outputs.
         weights: Weights that the faults could change.
         unrepaired: Weights that still differ from the compiled ones by more than 1e-6 of the output's full scale, of
             those that faults hit.

@@ -206,8 +206,12 @@ def compile_(
     calibrated, given = any(corrections.values()) or spend_spare_arrays, data["data"] is not None
     if corrections["correct"] and not given:
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
-    if (prune_method is not None) > given or given > (prune_method is not None or calibrated):
+    if prune_method is not None and not given:
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
+    if given and prune_method is None and not calibrated:
+        raise click.UsageError(
+            "--calibration: no effect without --prune-method, --clip, --correct or --spend-spare-arrays; leave it out"
+        )
     if prune_method is not None and (prune is None or masks is not None):
         raise click.UsageError("--prune-method: expected a ratio, --prune, and no --masks")
     if protect_msb is None:

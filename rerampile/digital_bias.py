@@ -55,6 +55,11 @@ def check_shifts(deployment: Deployment, model: onnx.ModelProto) -> None:
     """
     chip, own = deployment.plan.chip, own_tensors(model)
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    if chip is not None and len(chip.layers) != len(deployment.plan.layers):
+        raise PlanFormatError(
+            f"{deployment.folder / PLAN}: $.chip.layers: {len(chip.layers)}, expected one for each of the "
+            f"{len(deployment.plan.layers)} layers; the plan was changed"
+        )
     for number, found in enumerate([] if chip is None else chip.layers):
         layer = deployment.plan.layers[number]
         where = f"{deployment.folder / PLAN}: $.chip.layers[{number}]"

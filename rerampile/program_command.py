@@ -75,7 +75,7 @@ def program(
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
-    from rerampile.runtime.layer_program import STEPS, UNCALIBRATED
+    from rerampile.runtime.layer_program import STEPS, UNCALIBRATED, require_programmable
     from rerampile.show_program import show_bins, show_chip
     from rerampile.terminal import console
 
@@ -84,6 +84,7 @@ def program(
     wanted = STEPS if calibrated else UNCALIBRATED
     ordered = check_steps(wanted if steps is None else steps.split(","), calibrated)
     deployment = load_deployment(folder)
+    require_programmable(deployment)  # before a calibration, which takes minutes
     deployment.require_outside(out)
     sources = chip_sources(fault_map, deployment, out)
     for _, place in sources:

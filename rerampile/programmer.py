@@ -31,7 +31,7 @@ from rerampile.runtime.assignment import assigned, with_partitions
 from rerampile.runtime.compare import flat, output_error
 from rerampile.runtime.fault_map import FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.inject import Injector, LayerFaults
-from rerampile.runtime.layer_program import CALIBRATED, LISTED, STEPS, LayerProgram, require_single_copies
+from rerampile.runtime.layer_program import CALIBRATED, LISTED, STEPS, LayerProgram, require_programmable
 from rerampile.runtime.programmed_chip import outputs_with
 from rerampile.runtime.session import open_session, run
 from rerampile.runtime.verify import keep_reference, reference_inputs
@@ -196,9 +196,7 @@ def program_chip(
     Raises:
         ConfigError: The deployment is a chip's already, a step cannot be taken, or ``out`` cannot be written.
     """
-    if deployment.plan.chip is not None:
-        raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
-    require_single_copies(deployment)
+    require_programmable(deployment)
     ordered = check_steps(steps, calibration is not None)
     stuck = placed = Injector(deployment).stuck(source.faults)
     plan, moved = deployment.plan, 0
@@ -337,7 +335,7 @@ def _flipped(plan: Plan, layers: Sequence[_Programmed]) -> Plan:
     partitions = [list(array.partitions) for array in plan.arrays]
     segment = 0
     for array in plan.arrays:
-        if array.twin is not None and array.twin < array.id:
+        if array.is_second_twin:
             continue
         for place, partition in enumerate(array.partitions):
             count = (partition.groups[1] - partition.groups[0]) * partition.output_count

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from rerampile.asked_constraint import inputs_of_pattern, on_target
@@ -142,6 +143,8 @@ def search_model(
         ratios=dict(kept),
         confirmed=confirmed,
         final=final,
+        clip=request.clip or msgspec.UNSET,
+        correct=request.correct or msgspec.UNSET,
     )
 
 

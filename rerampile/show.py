@@ -336,7 +336,7 @@ def _arrays(plan: Plan) -> Table:
     table = new_table(("array", "right"), ("chip.tile.core.array", "left"), ("cells", "left"), ("holds", "left"))
     for array in plan.arrays:
         address = f"{array.chip}.{array.tile}.{array.core}.{array.array}"
-        copies = (f"copies: {_held(plan, each)}" for each in _copied(plan, array))
+        copies = (f"copies of slices: {_held(plan, each)}" for each in _copied(plan, array))
         held = "\n".join((*(_held(plan, partition) for partition in array.partitions), *copies))
         table.add_row(str(array.id), address, _roles(array), held)
     return table
@@ -406,7 +406,7 @@ def show_array(out: Console, deployment: Deployment, array_id: int) -> None:
         tall, wide = copy_span(copy, array, deployment.copied_slices)
         used[tall, wide] = True
         table.add_row(
-            f"{printable(plan.layers[home.layer].name)}, copy {copy.number}",
+            f"{printable(plan.layers[home.layer].name)}, copy {copy.number} of slices",
             f"{tall.start}-{tall.stop - 1}",
             f"{wide.start}-{wide.stop - 1}",
             _ranges(copy.input_indices),

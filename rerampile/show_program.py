@@ -71,6 +71,13 @@ def show_chip(
     if shifted := [layer.shift for layer in chip.layers if layer.bias is not None]:
         count = sum(1 for shift in shifted for value in shift if value)
         facts.append(("biases", f"{count:,} outputs of {len(shifted):,} layers shifted"))
+    if beside := sum(layer.beside for layer in chip.layers):
+        facts.append(
+            (
+                "beside",
+                f"{beside:,} cells stuck that join blocks: what leaks is in the outputs, not in the errors above",
+            )
+        )
     if chip.calibration is not None:
         facts.append(("calibration", f"{printable(chip.calibration)}, {chip.calibration_images:,} images"))
     facts += [("met" if met else "NOT met", f"{printable(text)}: {found:.4g}") for text, found, met in requirements]

@@ -30,7 +30,7 @@ def protection_of(slices: int, vote: Vote, arrays: Sequence[ArrayPlan]) -> Prote
         vote: How three readings become one.
         arrays: All arrays of a plan.
     """
-    first = [array for array in arrays if not _is_second_twin(array)]
+    first = [array for array in arrays if not array.is_second_twin]
     held = (p for array in first for p in array.partitions)
     copied = ((len(a.roles), c.input_count * c.output_count) for a in arrays for c in a.slice_copies)
     return ProtectionPlan(
@@ -75,7 +75,7 @@ def check_slice_copies(deployment: Deployment) -> None:
         _check_array(deployment, array, plan.protection)
     covers: dict[tuple[int, int], list[Flags]] = {}
     for array in with_copies:
-        if not _is_second_twin(array):
+        if not array.is_second_twin:
             for copy in array.slice_copies:
                 _cover(plan, copy, covers, f"$.arrays[{array.id}]")
     for (number, position), cover in covers.items():
@@ -95,7 +95,7 @@ def _check_outputs(plan: Plan, covers: dict[tuple[int, int], list[Flags]]) -> No
     for array in plan.arrays:
         for position, partition in enumerate(array.partitions):
             flags = protected[partition.layer]
-            if _is_second_twin(array) or not flags.any():
+            if array.is_second_twin or not flags.any():
                 continue
             first = partition.groups[0] * plan.layers[partition.layer].outputs
             expected = flags[np.array(partition.output_indices) + first]
@@ -121,7 +121,7 @@ def _check_array(deployment: Deployment, array: ArrayPlan, protection: Protectio
     for copy in array.slice_copies:
         held = plan.layers[_home(plan, copy, where).layer]
         original = plan.arrays[copy.array]
-        if array.twin is not None and array.twin < array.id and original.twin is not None:
+        if array.is_second_twin and original.twin is not None:
             original = plan.arrays[original.twin]
         if (original.roles, original.slices) != (array.roles, array.slices):
             raise PlanFormatError(f"{where}: a copy of array {copy.array}, whose columns have other roles or slices")
@@ -148,7 +148,7 @@ def _home(plan: Plan, copy: SliceCopy, where: str) -> Partition:
             f"{where}: a copy of partition {copy.partition} of array {copy.array}, expected one of the plan"
         )
     home = plan.arrays[copy.array].partitions[copy.partition]
-    if home.groups[1] - home.groups[0] != 1 or _is_second_twin(plan.arrays[copy.array]):
+    if home.groups[1] - home.groups[0] != 1 or plan.arrays[copy.array].is_second_twin:
         raise PlanFormatError(
             f"{where}: a copy of partition {copy.partition} of array {copy.array}, expected one of a single group, on "
             f"the first of two twins"
@@ -175,7 +175,3 @@ def _cover(plan: Plan, copy: SliceCopy, covers: dict[tuple[int, int], list[Flags
     if cover[copy.number - 1][cells].any():
         raise PlanFormatError(f"{where}: copy {copy.number} of a weight is there twice, expected once")
     cover[copy.number - 1][cells] = True
-
-
-def _is_second_twin(array: ArrayPlan) -> bool:
-    return array.twin is not None and array.twin < array.id

@@ -123,7 +123,7 @@ class _Room:
 def _rooms(deployment: Deployment) -> Iterator[_Room]:
     target = deployment.target
     for array in deployment.plan.arrays:
-        if array.twin is not None and array.twin < array.id:
+        if array.is_second_twin:
             continue
         width = len(array.slices) * len(array.roles)
         for place, partition in enumerate(array.partitions):

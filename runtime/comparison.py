@@ -106,11 +106,16 @@ def check_alike(folders: Sequence[Path]) -> None:
 
     Raises:
         PlanFormatError: One is no deployment, or damaged.
-        ConfigError: Their models have other inputs or outputs.
+        ConfigError: Their models have other inputs or outputs, or one was programmed for one chip.
     """
     signatures = []
     for folder in folders:
         deployment = load_deployment(folder)
+        if deployment.plan.chip is not None:
+            raise ConfigError(
+                f"{folder}: programmed for one chip, none is drawn, expected deployments written by compile; run "
+                f"'rerampile validate', which compares the chip with what it was programmed from"
+            )
         check_checksums(deployment)
         graph = onnx.load_model(deployment.model_path, load_external_data=False).graph
         signatures.append([_shape_text(value) for value in (*graph.input, *graph.output)])

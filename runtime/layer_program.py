@@ -16,7 +16,7 @@ from rerampile.runtime.inject import LayerCells, LayerFaults
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 from rerampile.runtime.stuck_cells import StuckCells
 
-__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram", "require_single_copies"]
+__all__ = ["CALIBRATED", "LISTED", "STEPS", "UNCALIBRATED", "LayerProgram", "require_programmable"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -39,12 +39,14 @@ _WRONG = 1e-6  # of an output's full scale: more than rounding
 _GAINS = (0.5, 2.0)  # by how much a gain may change
 
 
-def require_single_copies(deployment: Deployment) -> None:
-    """Refuse a deployment with copies: its cells, one set for all of them, cannot make up for stuck ones of each.
+def require_programmable(deployment: Deployment) -> None:
+    """Refuse a chip's deployment, and one with copies: one set of cells cannot make up for stuck ones of each of them.
 
     Raises:
-        ConfigError: A layer is held several times, or slices of it are.
+        ConfigError: It is a chip's already, a layer is held several times, or slices of it are.
     """
+    if deployment.plan.chip is not None:
+        raise ConfigError(f"{deployment.folder}: programmed already, expected a deployment written by compile")
     if deployment.plan.protection is not None:
         raise ConfigError(
             f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
@@ -146,7 +148,9 @@ class LayerProgram:
         """Return the energy of the errors of each output, [groups * outputs]: the present ones, or others'."""
         errors = self.weights() - self._wanted if errors is None else errors
         energies = output_energies(self._shaped(errors), self._moments).reshape(-1)
-        return energies + self.shift * (self.shift + 2 * self._means(errors)) if self.shift.any() else energies
+        if self.shift.any():  # a variance, but for rounding: moments and means are float32
+            energies = np.maximum(energies + self.shift * (self.shift + 2 * self._means(errors)), 0.0)
+        return energies
 
     def _means(self, errors: Floats) -> Doubles:
         """Return the mean that errors add to each output, [groups * outputs]."""

@@ -461,6 +461,7 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
     """Return what makes results of two starts comparable, for the head of the journal."""
     experiment = bench.experiment
     plan = bench.deployment.plan
+    chip, protection = plan.chip, plan.protection
     return {
         "plan": placement_digest(plan),
         "target": hashlib.sha256(json.dumps(plan.target, sort_keys=True).encode()).hexdigest(),
@@ -479,7 +480,9 @@ def experiment_record(bench: Bench) -> Mapping[str, Any]:
         "calibration": None if bench.calibration is None else bench.calibration.digest,
         "detection": dataclasses.asdict(experiment.detection),
         "versions": software_versions(),
-        **({} if plan.chip is None else {"compiled": bench.compiled and plan.chip.compiled_sha256}),
+        **({} if chip is None else {"compiled": bench.compiled and chip.compiled_sha256}),
+        **({} if chip is None else {"faults": plan.files[chip.faults].sha256}),
+        **({} if protection is None else {"protection": [protection.slices, protection.vote]}),
     }
 
 

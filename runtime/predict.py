@@ -147,7 +147,7 @@ def predict(
         DataError: There are no images.
     """
     check_predictable(faults)
-    _check_votes(deployment, faults)
+    _check_chips(deployment, faults)
     images = min(images, len(data))
     if images < 1:
         raise DataError("no images to calibrate with, expected one or more")
@@ -261,12 +261,18 @@ def check_predictable(faults: Sequence[FaultModel]) -> None:
         )
 
 
-def _check_votes(deployment: Deployment, faults: Sequence[FaultModel]) -> None:
-    """Refuse votes that there is no closed form for.
+def _check_chips(deployment: Deployment, faults: Sequence[FaultModel]) -> None:
+    """Refuse chips that there is no closed form for.
 
     Raises:
-        ConfigError: They are medians, or faults are of weights, which have more than one place.
+        ConfigError: There is but one, whose cells are known; or votes are medians, or faults are of weights, which have
+            more than one place.
     """
+    if deployment.plan.chip is not None:
+        raise ConfigError(
+            f"{deployment.folder}: programmed for one chip, whose cells are known: there is nothing to predict; run "
+            f"'rerampile validate', or predict the deployment that it was programmed from"
+        )
     refuse_weight_rates(deployment, faults)
     protection = deployment.plan.protection
     if protection is not None and protection.vote == "median" and protection.weights:

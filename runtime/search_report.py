@@ -55,10 +55,12 @@ class SearchReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format"
         metric: The metric that was searched for.
         model: Name of the model.
         failure_rate: Failure rate a cell (or weight) of the chips.
-        faults: Their fault model in words, stuck values included.
+        faults: Their fault model in words.
         seed: Seed of the chips of the selection; those that confirm and those of the final figures have the next two.
         mapping: Mapping scheme.
         scale: One scale a tensor, a channel or a partition.
+        clip: Whether the full scales of every step were chosen on the calibration images; left out where not.
+        correct: Whether gains and biases of every step were corrected there; left out where not.
         engine: Engine that pruned.
         structure: What was pruned.
         protect: Layers that were not.
@@ -96,6 +98,8 @@ class SearchReport(msgspec.Struct, kw_only=True, frozen=True, tag_field="format"
     ratios: dict[str, float]
     confirmed: Outcome | None
     final: Outcome
+    clip: bool | msgspec.UnsetType = msgspec.UNSET
+    correct: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 def beside(unpruned: Measured, pruned: Measured) -> Outcome:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.array_plan import ArrayPlan, Partition
+from rerampile.array_plan import Partition
 from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.runtime.faults import FaultModel
 from rerampile.schemes import row_chunks
@@ -70,7 +70,7 @@ class LayerErrors:
         self._arrays = [
             [p for p in array.partitions if p.layer == number]
             for array in deployment.plan.arrays
-            if not _is_second_twin(array) and any(p.layer == number for p in array.partitions)
+            if not array.is_second_twin and any(p.layer == number for p in array.partitions)
         ]
         self._placed = np.zeros((layer.groups, layer.outputs, layer.inputs), np.bool_)
         for partition in (p for partitions in self._arrays for p in partitions):
@@ -224,7 +224,3 @@ def _places(partition: Partition) -> tuple[Integers, Integers, Integers]:
 
 def _blocks(partitions: list[Partition]) -> int:
     return sum(partition.groups[1] - partition.groups[0] for partition in partitions)
-
-
-def _is_second_twin(array: ArrayPlan) -> bool:
-    return array.twin is not None and array.twin < array.id

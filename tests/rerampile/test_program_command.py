@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rerampile.deployment import layer_coding
 from rerampile.plan import FileRecord, encode_plan, read_plan
 from rerampile.programmer import ChipSource, program_chip
 from rerampile.runtime.data import open_dataset
-from rerampile.runtime.fault_map import ChipGeometry, FaultMap, read_fault_maps, write_fault_maps
+from rerampile.runtime.fault_map import STATES, ChipGeometry, FaultMap, read_fault_maps, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector
 from rerampile.runtime.layer_program import STEPS, LayerProgram
@@ -208,6 +209,16 @@ def test_what_is_refused(deployment: Deployment, tmp_path: Path) -> None:
     again = run("program", tmp_path / "chip", "--fault-map", faults, "-o", tmp_path / "other", "-q")
     assert again.exit_code == 1
     assert "programmed already, expected a deployment written by compile" in again.output
+    again = run(
+        *("program", tmp_path / "chip", "--fault-map", faults, "--calibration", "npz:none.npz"),
+        *("-o", tmp_path / "other", "-q"),
+    )
+    assert "programmed already" in again.output  # before the images are opened
+    done = run("predict", tmp_path / "chip", "-q")
+    assert "programmed for one chip, whose cells are known: there is nothing to predict" in done.output
+    done = run("compare", deployment.folder, tmp_path / "chip", "-o", tmp_path / "r", "-q")
+    assert "programmed for one chip, none is drawn, expected deployments written by compile" in done.output
+    assert not (tmp_path / "r").exists()
     done = run("validate", tmp_path / "chip", "--fault-map", faults, "-o", tmp_path / "r", "-q")
     assert "programmed for one chip, whose stuck cells it holds; leave --fault-map out" in done.output
     done = run("validate", tmp_path / "chip", "--runs", 3, "-o", tmp_path / "r", "-q")
@@ -340,6 +351,35 @@ def test_biases_make_the_means_right(steps: tuple[str, ...], small_model_file: P
             assert (np.square(other - wanted).mean(axis=0) >= np.square(found - wanted).mean(axis=0) * (1 - 1e-4)).all()
 
 
+def test_no_energy_is_negative_where_a_shift_makes_all_good(small_model_file: Path, tmp_path: Path) -> None:
+    """Inputs that are the same in all images: what float32 makes of their square is not the square of their mean."""
+    deployment = compile_model(small_model_file, out=tmp_path / "out")
+    stuck = Injector(deployment).stuck(drawn(deployment, 0.1)[0])
+    layer = deployment.plan.layers[1]
+    for seed in range(5):
+        mean = np.random.default_rng(seed).uniform(0.1, 1, (1, layer.inputs)).astype(np.float32)
+        program = LayerProgram(deployment, 1, stuck[1], mean[:, :, None] * mean[:, None, :], mean=mean)
+        program.step("bias")
+        assert 0 <= program.errors[1] < 1e-6 * program.errors[0]
+        assert program.errors[1] < program.errors[0]
+
+
+def test_a_chip_with_other_stuck_cells_is_another_experiment(deployment: Deployment, tmp_path: Path) -> None:
+    """Cells stuck further and further outside of their range: what is programmed is the same, what is read is not."""
+    stuck, path = drawn(deployment)[0], tmp_path / "map.safetensors"
+    on, done, cells = stuck.state == STATES["stuck_on"], [], []
+    for factor in (3, 4):
+        conductance = np.where(on, stuck.conductance * np.float32(factor), stuck.conductance)
+        write_fault_maps(path, [replace(stuck, conductance=conductance)], deployment)
+        words = ("program", deployment.folder, "--fault-map", path, "--steps", "compensate", "-o", tmp_path / "c", "-q")
+        assert run(*words).exit_code == 0
+        cells.append((tmp_path / "c" / "conductances.safetensors").read_bytes())
+        done.append(run("validate", tmp_path / "c", "-o", tmp_path / "r", "-q", "--images", 8))
+    assert cells[0] == cells[1]
+    assert done[0].exit_code == 0, done[0].output
+    assert "journal of another run: faults was" in done[1].output
+
+
 def test_biases_of_the_deployed_model_are_shifted(deployment: Deployment, tmp_path: Path) -> None:
     """That of the Gemm; the convolution has none. The plan says so, and one that says something else is refused."""
     faults = map_file(deployment, tmp_path / "map.csv")
@@ -376,6 +416,10 @@ def test_biases_of_the_deployed_model_are_shifted(deployment: Deployment, tmp_pa
         (chip.folder / "plan.json").write_bytes(encode_plan(plan))
         with pytest.raises(PlanFormatError, match=message):
             verify_deployment(chip.folder)
+    more = msgspec.structs.replace(chip.plan.chip, layers=[*chip.plan.chip.layers, chip.plan.chip.layers[0]])
+    (chip.folder / "plan.json").write_bytes(encode_plan(msgspec.structs.replace(chip.plan, chip=more)))
+    with pytest.raises(PlanFormatError, match=r"chip.layers: 3, expected one for each of the 2 layers"):
+        verify_deployment(chip.folder)
 
 
 def test_a_bias_of_two_layers_is_left_alone(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
@@ -397,6 +441,35 @@ def test_a_bias_of_two_layers_is_left_alone(parse_model: Callable[..., onnx.Mode
     calibration = calibrate(deployment, data, 8)
     assert sorted(calibration.moments) == [0, 1]
     assert not calibration.biases
+
+
+def test_what_leaks_between_groups_is_in_the_outputs_alone(
+    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """Two groups on twin arrays, with a gain a partition: a cell that joins them is in no error of the layer."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 1, 1), np.float32)
+    text = "agraph (float[N, 6, 2, 2] x) => (float[N, 4, 2, 2] y) { y = Conv <group: int = 2> (x, W) }"
+    target = Target.from_dict(
+        {"name": "t", "rows": 8, "columns": 8, "pair_layout": "twin", "cell": {"g_off": 1e-6, "g_on": 1e-4}}
+    )
+    deployment = compile_model(
+        parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}', W=weight),
+        out=tmp_path / "out",
+        target=target,
+        mapping="two_column",
+        scale="partition",
+    )
+    (tmp_path / "map.csv").write_text("array,row,column,state\n0,0,2,stuck_on\n")
+    done = run("program", deployment.folder, "--fault-map", tmp_path / "map.csv", "-o", tmp_path / "chip", "-q")
+    assert done.exit_code == 0, done.output
+    chip = load_deployment(tmp_path / "chip").plan.chip
+    assert chip is not None
+    assert [step.error for step in chip.steps] == [0.0] * 4
+    assert chip.layers[0].beside == 1
+    assert chip.output_error is not None
+    assert chip.output_error > 0.01
+    assert "1 cells stuck that join blocks: what leaks is in the outputs" in " ".join(done.output.split())
+    verify_deployment(tmp_path / "chip")
 
 
 def test_a_chip_without_faults_is_what_was_compiled(deployment: Deployment, tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def test_from_compile_to_validate(model: Path, tmp_path: Path) -> None:
     shown = run("show", out, "-v").output
     share = f"{plan.protection.weights:,} of {plan.protection.weights_with_cells:,} weights"
     assert f"{share}: two copies of 1 slice each" in shown
-    assert "copies: A" in shown
+    assert "copies of slices: A" in shown
     data = json.loads(run("show", out, "--json").stdout)
     assert data["protection"]["cells"] == plan.protection.cells
     with_copies = next(array for array in plan.arrays if array.slice_copies)
-    assert ", copy 1" in run("show", out, "--array", with_copies.id).output
+    assert ", copy 1 of slices" in run("show", out, "--array", with_copies.id).output
 
     words = ("validate", out, "--failure-rate", 0.02, "--runs", 2, "--images", 8, "-q", "--json")
     done = run(*words, "-o", tmp_path / "report")
@@ -133,3 +133,13 @@ def test_a_changed_protection_is_found(model: Path, tmp_path: Path) -> None:
     other = msgspec.structs.replace(plan.protection, weights=plan.protection.weights + 1)
     (out / "plan.json").write_bytes(encode_plan(msgspec.structs.replace(plan, protection=other)))
     assert f"$.protection.weights: {other.weights}, expected {other.weights - 1}" in refused("verify", out)
+
+
+def test_another_vote_is_another_experiment(model: Path, tmp_path: Path) -> None:
+    """Cells, places and model are the same; chips that were run with the other vote say nothing."""
+    out = tmp_path / "out"
+    words = ("validate", out, "--failure-rate", 0.05, "--runs", 1, "--images", 8, "-q", "-o", tmp_path / "report")
+    run("compile", model, *TARGET, "--protect-msb", 1, "-o", out, "-q")
+    assert run(*words).exit_code == 0
+    run("compile", model, *TARGET, "--protect-msb", 1, "--vote", "mean", "-o", out, "-q")
+    assert 'protection was [1, "median"], now [1, "mean"]; remove it to start anew' in refused(*words)

@@ -290,7 +290,7 @@ def test_compile_prunes_before(path: Path, tmp_path: Path, graph: ModelGraph, da
     ("arguments", "message"),
     [
         (["--prune", "0.5", "--prune-method", "admm"], "--prune-method and --calibration: expected both"),
-        (["--prune", "0.5", "--calibration", "generated"], "--prune-method and --calibration: expected both"),
+        (["--prune", "0.5", "--calibration", "generated"], "--calibration: no effect without --prune-method, --clip"),
         (["--prune-method", "admm", "--calibration", "generated"], "--prune-method: expected a ratio, --prune"),
     ],
 )

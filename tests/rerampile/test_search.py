@@ -92,6 +92,7 @@ def test_a_search_leaves_a_deployment_and_its_path(finished: tuple[Path, Result]
     assert best["mean"] >= steps[0]["mean"]
     assert record["ratios"] in (best["ratios"], steps[0]["ratios"])
     assert record["final"]["chips"] == 5
+    assert "clip" not in record
     found = verify_deployment(out / "deployment")
     assert all(output.relative_error < 1e-4 for output in found.outputs)
     layers = {layer.name: layer for layer in load_deployment(out / "deployment").plan.layers}
@@ -144,6 +145,9 @@ def test_every_step_is_clipped_and_corrected_where_asked(folder: Path, tmp_path:
     words = ["--clip", "--correct", "--scale", "partition", "--set", "rows=32", "--threshold", 2, "-q"]
     done = run(folder, place, *words)
     assert done.exit_code == 0, done.output
+    record = json.loads((place / "search.json").read_text())
+    Draft202012Validator(report_schema()).validate(record)
+    assert (record["scale"], record["clip"], record["correct"]) == ("partition", True, True)
     plan = load_deployment(place / "deployment").plan
     assert plan.options["calibration"] == {"data": f"npz:{folder / 'train.npz'}", "images": IMAGES}
     assert plan.options["stuck_off"] + plan.options["stuck_on"] == pytest.approx(0.01)
