@@ -35,14 +35,14 @@ class ChipLayer(Record, kw_only=True, frozen=True):
 
     Attributes:
         stuck: Stuck cells on a row and a column of the layer.
-        beside: Those of them that hold no weight, but join blocks of the layer. No step makes up for them, and where
-            blocks are of different groups, what leaks between them is in no error but that of the outputs.
+        beside: Those of them that hold no weight, but join blocks of the layer. No step makes up for them.
         weights: Weights that the faults could change.
         unrepaired: Weights that still differ from the compiled ones by more than 1e-6 of the output's full scale, of
             those that faults hit.
         measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
         energy: That of the compiled weights.
-        errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``.
+        errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``; what leaks
+            between groups included, as if inputs of different groups had nothing in common.
         bias: Initializer of ``deployed.onnx`` whose values step ``bias`` has shifted; null where none.
         shift: What was added to it, for each output; empty where there is none.
     """

@@ -75,7 +75,7 @@ def show_chip(
         facts.append(
             (
                 "beside",
-                f"{beside:,} cells stuck that join blocks: what leaks is in the outputs, not in the errors above",
+                f"{beside:,} cells stuck that join blocks; no step makes up for what leaks",
             )
         )
     if chip.calibration is not None:

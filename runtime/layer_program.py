@@ -150,7 +150,20 @@ class LayerProgram:
         energies = output_energies(self._shaped(errors), self._moments).reshape(-1)
         if self.shift.any():  # a variance, but for rounding: moments and means are float32
             energies = np.maximum(energies + self.shift * (self.shift + 2 * self._means(errors)), 0.0)
-        return energies
+        return energies if self._stuck.at_home.all() else energies + self._leaked()
+
+    def _leaked(self) -> Doubles:
+        """Return the energy that inputs of other groups add to each output, [groups * outputs].
+
+        As if these had nothing in common with the output's own inputs, nor with one another.
+        """
+        leaks, found = self.faults.leaks, np.zeros(self.plan.groups * self.plan.outputs)
+        if leaks is not None:
+            power = np.square(leaks.value.astype(np.float64))
+            if self._moments is not None:
+                power *= np.einsum("gii->gi", self._moments).reshape(-1)[leaks.in_row]
+            found += np.bincount(leaks.out_row, power, len(found))
+        return found
 
     def _means(self, errors: Floats) -> Doubles:
         """Return the mean that errors add to each output, [groups * outputs]."""

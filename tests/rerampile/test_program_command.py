@@ -443,10 +443,11 @@ def test_a_bias_of_two_layers_is_left_alone(parse_model: Callable[..., onnx.Mode
     assert not calibration.biases
 
 
-def test_what_leaks_between_groups_is_in_the_outputs_alone(
-    parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_leaks_between_groups_is_in_the_errors(
+    calibrated: bool, parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
 ) -> None:
-    """Two groups on twin arrays, with a gain a partition: a cell that joins them is in no error of the layer."""
+    """Two groups on twin arrays, with a gain a partition: a cell that joins them, by hand."""
     weight = np.random.default_rng(0).standard_normal((4, 3, 1, 1), np.float32)
     text = "agraph (float[N, 6, 2, 2] x) => (float[N, 4, 2, 2] y) { y = Conv <group: int = 2> (x, W) }"
     target = Target.from_dict(
@@ -460,15 +461,27 @@ def test_what_leaks_between_groups_is_in_the_outputs_alone(
         scale="partition",
     )
     (tmp_path / "map.csv").write_text("array,row,column,state\n0,0,2,stuck_on\n")
-    done = run("program", deployment.folder, "--fault-map", tmp_path / "map.csv", "-o", tmp_path / "chip", "-q")
+    words = ["program", deployment.folder, "--fault-map", tmp_path / "map.csv", "-o", tmp_path / "chip", "-q"]
+    words += ["--calibration", "generated", "--images", "8", "--steps", "compensate,flip"] if calibrated else []
+    done = run(*words)
     assert done.exit_code == 0, done.output
     chip = load_deployment(tmp_path / "chip").plan.chip
     assert chip is not None
-    assert [step.error for step in chip.steps] == [0.0] * 4
+    layer = deployment.plan.layers[0]
+    (leaks,) = (f.leaks for f in Injector(deployment).faults(read_fault_maps(tmp_path / "map.csv", deployment)[0]))
+    assert leaks is not None
+    power, wanted = np.ones((2, 3)), deployment.weights(layer).astype(np.float64).reshape(2, 2, 3)
+    moments = np.broadcast_to(np.eye(3), (2, 3, 3))
+    if calibrated:
+        data = open_dataset("generated", open_declared(deployment.model_path), Preprocessing(), generate=8)
+        moments = calibrate(deployment, data, 8).moments[0].astype(np.float64)
+        power = np.einsum("gii->gi", moments)
+    energy = np.einsum("goi,gij,goj->", wanted, moments, wanted)
+    leaked = np.sum(np.square(leaks.value.astype(np.float64)) * power.reshape(-1)[leaks.in_row]) / energy
+    assert leaked > 0.001
+    assert chip.layers[0].errors == pytest.approx([leaked] * len(chip.steps), rel=1e-4)
     assert chip.layers[0].beside == 1
-    assert chip.output_error is not None
-    assert chip.output_error > 0.01
-    assert "1 cells stuck that join blocks: what leaks is in the outputs" in " ".join(done.output.split())
+    assert "1 cells stuck that join blocks; no step makes up for what leaks" in " ".join(done.output.split())
     verify_deployment(tmp_path / "chip")
 
 
