@@ -34,7 +34,7 @@ class ChipLayer(Record, kw_only=True, frozen=True):
     """One layer on one chip.
 
     Attributes:
-        stuck: Stuck cells on a row and a column of the layer.
+        stuck: Cells on a row and a column of the layer that are not read as programmed: stuck, or cut off with one.
         beside: Those of them that hold no weight, but join blocks of the layer. No step makes up for them.
         weights: Weights that the faults could change.
         unrepaired: Weights that still differ from the compiled ones by more than 1e-6 of the output's full scale, of

@@ -50,6 +50,13 @@ def check_sums(deployment: Deployment) -> None:
     if plan.protection is not None:
         found = protection_of(plan.protection.slices, plan.protection.vote, plan.arrays)
         _compare(deployment, "$.protection", plan.protection, found)
+    if plan.chip is not None:
+        wrong = sum(layer.unrepaired for layer in plan.chip.layers)
+        _expect(deployment, "$.chip.unrepaired_total", plan.chip.unrepaired_total, wrong)
+        first = (array for array in plan.arrays if not array.is_second_twin)
+        flipped = sum(len(partition.flipped or ()) for array in first for partition in array.partitions)
+        last = [step.flipped for step in plan.chip.steps[-1:]]
+        _expect(deployment, "$.chip.steps[-1:].flipped", last, [flipped])
 
 
 def check_counts(deployment: Deployment, number: int, decoded_zeros: int, kept: npt.NDArray[np.bool_] | None) -> None:

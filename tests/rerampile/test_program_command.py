@@ -261,6 +261,25 @@ def test_verify_sees_another_map_and_other_flips(deployment: Deployment, tmp_pat
         verify_deployment(chip.folder)
 
 
+def test_what_a_chip_adds_up_to_is_counted_again(deployment: Deployment, tmp_path: Path) -> None:
+    source = ChipSource(path=tmp_path / "map.safetensors", number=0, faults=drawn(deployment, rate=0.1)[0])
+    write_fault_maps(source.path, [source.faults], deployment)
+    plan = program_chip(deployment, source, tmp_path / "chip", steps=("compensate", "flip")).plan
+    assert plan.chip is not None
+    assert plan.chip.steps[-1].flipped > 0
+    last = msgspec.structs.replace(plan.chip.steps[-1], flipped=plan.chip.steps[-1].flipped + 1)
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"unrepaired_total": plan.chip.unrepaired_total + 1}, r"\$.chip.unrepaired_total: \d+, expected \d+"),
+        ({"steps": [*plan.chip.steps[:-1], last]}, r"\$.chip.steps\[-1:\].flipped: \[\d+\], expected \[\d+\]"),
+        ({"steps": []}, r"\$.chip.steps\[-1:\].flipped: \[\], expected \[\d+\]"),
+    )
+    for change, message in changes:
+        changed = msgspec.structs.replace(plan, chip=msgspec.structs.replace(plan.chip, **change))
+        (tmp_path / "chip" / "plan.json").write_bytes(encode_plan(changed))
+        with pytest.raises(PlanFormatError, match=message):
+            verify_deployment(tmp_path / "chip")
+
+
 def test_repair_minimises_the_energy() -> None:
     """Against a dense solve of every output's own system; what may not move does not."""
     rng = np.random.default_rng(0)
