@@ -15,6 +15,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,17 +174,17 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"worst chip in brackets; {images}, mapping `{options.mapping}`. Lines with `repair` or `bias` learn from",
         f"{options.calibration_images} training images without their labels; the others know nothing of inputs.",
         "",
-        *table(heads, [row(figures, v, options) for v in options.lines]),
+        *table(heads, rows(figures, options.lines, options.rates, drop)),
         "",
         "What `rerampile program` predicts: mean error of the layers in percent, and in brackets the weights that",
         "faults hit and that stay wrong. Lines that learn from images weigh errors by what layers see.",
         "",
-        *table(heads, [predicted(figures, v, options) for v in options.lines[1:]]),
+        *table(heads, rows(figures, options.lines[1:], options.rates, predicted)),
         "",
         "Median seconds that a chip takes from fault map to verified folder, in brackets those of all processors.",
         "The calibration is done once for any number of chips, and not counted.",
         "",
-        *table(heads, [times(figures, v, options) for v in options.lines[1:]]),
+        *table(heads, rows(figures, options.lines[1:], options.rates, times)),
         "",
         f"Every chip's figures are in [{options.name}.json]({options.name}.json).",
         *command("programming.py", repeat(options)),
@@ -196,34 +197,30 @@ def found(figures: list[dict[str, Any]], rate: float, variant: str) -> list[dict
     return [f for f in figures if (f["rate"], f["variant"]) == (rate, variant)]
 
 
-def row(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
-    """Return the drops of a variant at each rate."""
-    cells = []
-    for rate in options.rates:
-        drops = np.array([f["clean"] - f["value"] for f in found(figures, rate, variant)])
-        low, high = interval_of(drops) or (drops.mean(), drops.mean())
-        cells.append(f"{drops.mean():.2f} ± {(high - low) / 2:.2f} ({drops.max():.1f})")
-    return [variant, *cells]
+def rows(
+    figures: list[dict[str, Any]], variants: list[str], rates: list[float], cell: Callable[[list[dict[str, Any]]], str]
+) -> list[list[str]]:
+    """Return a row for each variant, of a cell for each rate, made of the figures of its chips."""
+    return [[variant, *(cell(found(figures, rate, variant)) for rate in rates)] for variant in variants]
 
 
-def times(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
-    """Return the seconds of a variant at each rate."""
-    cells = []
-    for rate in options.rates:
-        chips = found(figures, rate, variant)
-        wall, all_ = (statistics.median(f[name] for f in chips) for name in ("seconds", "processor_seconds"))
-        cells.append(f"{wall:.1f} ({all_:.1f})")
-    return [variant, *cells]
+def drop(chips: list[dict[str, Any]]) -> str:
+    """Return the mean drop with its interval, and the worst."""
+    drops = np.array([f["clean"] - f["value"] for f in chips])
+    low, high = interval_of(drops) or (drops.mean(), drops.mean())
+    return f"{drops.mean():.2f} ± {(high - low) / 2:.2f} ({drops.max():.1f})"
 
 
-def predicted(figures: list[dict[str, Any]], variant: str, options: argparse.Namespace) -> list[str]:
-    """Return the predicted error of a variant at each rate, and the weights that stay wrong."""
-    cells = []
-    for rate in options.rates:
-        chips = found(figures, rate, variant)
-        error, wrong = (statistics.mean(f[name] for f in chips) for name in ("error", "unrepaired"))
-        cells.append(f"{100 * error:.2f} ({wrong:,.0f})")
-    return [variant, *cells]
+def times(chips: list[dict[str, Any]]) -> str:
+    """Return the median seconds, by the clock and of all processors."""
+    wall, all_ = (statistics.median(f[name] for f in chips) for name in ("seconds", "processor_seconds"))
+    return f"{wall:.1f} ({all_:.1f})"
+
+
+def predicted(chips: list[dict[str, Any]]) -> str:
+    """Return the mean predicted error, and the weights that stay wrong."""
+    error, wrong = (statistics.mean(f[name] for f in chips) for name in ("error", "unrepaired"))
+    return f"{100 * error:.2f} ({wrong:,.0f})"
 
 
 def repeat(options: argparse.Namespace) -> list[str]:
