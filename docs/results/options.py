@@ -70,14 +70,12 @@ OPTIONS = (
     Option("differential", "channel"),
     Option("optimal", "channel"),
     Option("auto", "channel"),
-    Option("two_column", "tensor", clip=True, correct=True),
-    Option("optimal", "tensor", clip=True, correct=True),
+    Option("optimal", "partition"),
+    Option("optimal", "channel", spend=True),
     Option("optimal", "channel", clip=True),
     Option("optimal", "channel", correct=True),
     Option("optimal", "channel", clip=True, correct=True),
-    Option("optimal", "partition", clip=True, correct=True),
-    Option("optimal", "channel", spend=True),
-    Option("optimal", "partition", clip=True, correct=True, spend=True),
+    Option("optimal", "channel", clip=True, correct=True, spend=True),
 )
 """The first is the baseline: the paper's two columns."""
 
