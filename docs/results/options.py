@@ -123,7 +123,7 @@ def run(option: Option, rate: float, images: Dataset, options: argparse.Namespac
             out=folder,
             target=Target.load("paper", {"arrays_per_core": 2 * needed(options)} if option.spend else {}),
             mapping=option.mapping,
-            faults=faults,
+            faults=None if option.any_rate else faults,
             scale=option.scale,
             clip=option.clip,
             correct=option.correct,
