@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rerampile.command import (
+from rerampile.commands.compare import compare
+from rerampile.commands.compile import compile_
+from rerampile.commands.faults import fault_maps
+from rerampile.commands.finetune import finetune
+from rerampile.commands.options import (
     PATH,
     examples,
     json_option,
     print_json,
 )
-from rerampile.compare_command import compare
-from rerampile.compile_command import compile_
-from rerampile.fault_commands import fault_maps
-from rerampile.finetune_command import finetune
+from rerampile.commands.predict import predict
+from rerampile.commands.program import program
+from rerampile.commands.prune import prune
+from rerampile.commands.search import search
+from rerampile.commands.validate import validate
 from rerampile.interruption import cleaned_up, received_signal
-from rerampile.predict_command import predict
-from rerampile.program_command import program
-from rerampile.prune_command import prune
-from rerampile.search_command import search
-from rerampile.validate_command import validate
 
 if TYPE_CHECKING:
     from rerampile.deployment import Deployment
@@ -110,10 +110,10 @@ def inspect(model: Path, verbose: bool, as_json: bool) -> None:
 
     Nothing is compiled. Each layer comes with its matrix and what folds into it, each digital node with its reason.
     """
+    from rerampile.commands.show import model_data, show_model
     from rerampile.graph import ModelGraph
     from rerampile.onnx_file import load_model_file
     from rerampile.passes.find_layers import find_layers
-    from rerampile.show import model_data, show_model
     from rerampile.terminal import console
 
     loaded = load_model_file(model)
@@ -135,9 +135,9 @@ def verify(folder: Path, as_json: bool) -> None:
     Checksums, the place of every weight, the weights that the cells hold, and the outputs of the deployed model against
     those recorded when it was compiled.
     """
+    from rerampile.commands.show import show_verification
     from rerampile.deployment import load_deployment
     from rerampile.runtime.verify import verify_deployment
-    from rerampile.show import show_verification
     from rerampile.terminal import console
 
     found = verify_deployment(folder)
@@ -180,14 +180,14 @@ def verify(folder: Path, as_json: bool) -> None:
 @json_option
 def show(plan: Path, array_id: int | None, npy: Path | None, verbose: bool, as_json: bool) -> None:
     """Show the plan of a deployment, or one of its arrays."""
-    from rerampile.show import array_data, plan_data, show_array, show_plan
+    from rerampile.commands.show import array_data, plan_data, show_array, show_plan
     from rerampile.terminal import console
 
     if array_id is None:
         if npy is not None:
             raise click.UsageError("--npy needs --array ID: which array is to be written?")
+        from rerampile.commands.show_mapping import show_calibrated, show_choices, show_copies
         from rerampile.plan import read_plan
-        from rerampile.show_mapping import show_calibrated, show_choices, show_copies
         from rerampile.target import Target
 
         path = plan / "plan.json" if plan.is_dir() else plan
@@ -253,7 +253,7 @@ def targets(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([target.to_dict() for target in presets])
         return
-    from rerampile.show import show_targets
+    from rerampile.commands.show import show_targets
     from rerampile.terminal import console
 
     show_targets(console(), presets)

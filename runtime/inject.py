@@ -368,7 +368,7 @@ class LayerCells:
         return Votes(
             out_row=out_row[matters],
             sum=(np.cumsum(matters) - 1)[which[chosen]],
-            number=stuck.number[chosen],
+            number=stuck.number[chosen].astype(np.int64),
             input=input_[chosen],
             value=value[chosen],
         )

@@ -19,28 +19,13 @@ FACES = {
     "rerampile.__main__",
     "rerampile.cli",
     "rerampile.compiler",
-    "rerampile.chip_options",
-    "rerampile.chips_progress",
     "rerampile.chip_calibration",
-    "rerampile.compare_command",
-    "rerampile.compile_command",
-    "rerampile.fault_commands",
-    "rerampile.finetune_command",
-    "rerampile.prune_command",
     "rerampile.asked_constraint",
     "rerampile.pruner",
-    "rerampile.show_pruning",
-    "rerampile.search_command",
     "rerampile.searcher",
-    "rerampile.show_search",
-    "rerampile.predict_command",
-    "rerampile.program_command",
     "rerampile.programmer",
-    "rerampile.validate_command",
-    "rerampile.show_prediction",
-    "rerampile.show_validation",
 }
-"""The modules that may see everything; all others are passes, runtime or core."""
+"""The modules that may see everything, as the commands may; all others are passes, runtime or core."""
 
 ONE_MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root)/")
 
@@ -179,7 +164,7 @@ def _may_import(name: str, target: str) -> bool:
 
 
 def _part(name: str) -> str:
-    if name in FACES:
+    if name in FACES or name.startswith("rerampile.commands"):
         return "face"
     second = name.split(".")[1]
     return second if second in {"passes", "runtime"} else "core"

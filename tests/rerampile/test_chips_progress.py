@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from rerampile.chips_progress import chips_progress
+from rerampile.commands.chips_progress import chips_progress
 from rerampile.runtime.monte_carlo import ChipResult
 
 RESULT = ChipResult(

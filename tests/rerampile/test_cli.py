@@ -23,15 +23,15 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from rerampile import compile_command
 from rerampile.cli import main
+from rerampile.commands import compile as compile_command
+from rerampile.commands.show import show_array
 from rerampile.compiler import PASSES
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import InternalError, PlanFormatError
 from rerampile.passes.map import Map
 from rerampile.plan import read_plan
 from rerampile.schemes import MAPPINGS, SCHEMES, WEIGHED
-from rerampile.show import show_array
 from rerampile.target import preset_names, preset_text
 from rerampile.tensor_file import TensorFile
 from rerampile.terminal import printable

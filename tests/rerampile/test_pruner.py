@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 
 from rerampile import ConfigError, compile_model, load_deployment
 from rerampile.cli import main
+from rerampile.commands.prune import open_calibration
 from rerampile.editable_model import EditableModel, can_shift
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes.find_layers import find_layers
-from rerampile.prune_command import open_calibration
 from rerampile.pruner import prune_model, remove_checkpoint
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.data import Dataset, open_dataset

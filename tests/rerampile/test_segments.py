@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rerampile import Deployment, PlanFormatError, Target, compile_model, load_deployment, verify_deployment
 from rerampile.cli import main
-from rerampile.command import scale_option
+from rerampile.commands.options import scale_option
 from rerampile.layer_plan import LayerPlan
 from rerampile.plan import Conventions, Plan, decode_plan, encode_plan
 from rerampile.plan_schema import plan_schema

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import optional_calibration_options
-from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.commands.chip_options import optional_calibration_options
+from rerampile.commands.options import PATH, examples, json_option, print_json
+from rerampile.commands.prune import open_calibration
 from rerampile.interruption import cleaned_up
-from rerampile.prune_command import open_calibration
 
 if TYPE_CHECKING:
     from rerampile.chip_calibration import Calibration
@@ -72,11 +72,11 @@ def program(
     """
     import msgspec
 
+    from rerampile.commands.show_program import show_bins, show_chip
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
     from rerampile.programmer import ChipRequirement, check_steps, chip_sources, program_chip
     from rerampile.runtime.layer_program import STEPS, UNCALIBRATED, require_programmable
-    from rerampile.show_program import show_bins, show_chip
     from rerampile.terminal import console
 
     requirements = [ChipRequirement.parse(text) for text in required]

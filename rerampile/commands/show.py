@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rerampile.array_plan import ArrayPlan, Partition
-from rerampile.cell_picture import cell_picture
+from rerampile.commands.cell_picture import cell_picture
+from rerampile.commands.show_mapping import clip_words, copies_words
+from rerampile.commands.show_program import show_chip
 from rerampile.deployment import Deployment, copy_span, layer_coding, partition_blocks
 from rerampile.failed_cells import FailedCells
 from rerampile.graph import ModelGraph
 from rerampile.layer import DigitalOperation, Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.plan import DigitalPlan, Plan, ProtectionPlan, Verification
-from rerampile.show_mapping import clip_words, copies_words
-from rerampile.show_program import show_chip
 from rerampile.target import Target
 from rerampile.terminal import Justify, facts_table, new_table, print_parts, printable, siemens_text
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from rerampile.chip_options import AskedFaults, fault_options, seed_option
-from rerampile.command import PATH, examples
+from rerampile.commands.chip_options import AskedFaults, fault_options, seed_option
+from rerampile.commands.options import PATH, examples
 from rerampile.interruption import cleaned_up
 
 __all__ = ["fault_maps"]

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import AskedFault, correction_options, fault_rate_options, optional_calibration_options
-from rerampile.command import (
+from rerampile.commands.chip_options import (
+    AskedFault,
+    correction_options,
+    fault_rate_options,
+    optional_calibration_options,
+)
+from rerampile.commands.options import (
     PATH,
     examples,
     json_option,
@@ -21,8 +26,8 @@ from rerampile.command import (
     scale_option,
     target_options,
 )
+from rerampile.commands.prune import open_calibration, prune_file
 from rerampile.interruption import cleaned_up
-from rerampile.prune_command import open_calibration, prune_file
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -266,7 +271,7 @@ def compile_(
             }
         )
         return
-    from rerampile.show import show_summary
+    from rerampile.commands.show import show_summary
     from rerampile.terminal import console
 
     show_summary(console(), deployment, verbose)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rerampile.chip_options import (
+from rerampile.commands.chip_options import (
     AskedFaults,
     correction_options,
     data_options,
@@ -20,10 +20,10 @@ from rerampile.chip_options import (
     numbers,
     seed_option,
 )
-from rerampile.chips_progress import chips_progress
-from rerampile.command import PATH, examples, json_option, own_folder, print_json, scale_option, target_options
+from rerampile.commands.chips_progress import chips_progress
+from rerampile.commands.options import PATH, examples, json_option, own_folder, print_json, scale_option, target_options
+from rerampile.commands.prune import open_calibration, pruning_options
 from rerampile.interruption import cleaned_up
-from rerampile.prune_command import open_calibration, pruning_options
 
 if TYPE_CHECKING:
     from rerampile.runtime.progressive import SearchStep
@@ -178,7 +178,7 @@ def search(
     if as_json:
         print_json(msgspec.to_builtins(found))
         return
-    from rerampile.show_search import show_search
+    from rerampile.commands.show_search import show_search
     from rerampile.terminal import console
 
     show_search(console(), found, place)
@@ -191,7 +191,7 @@ def _say_step(quiet: bool) -> Callable[[SearchStep], None]:
     def say(step: SearchStep) -> None:
         nonlocal number
         if not quiet:
-            from rerampile.show_search import step_line
+            from rerampile.commands.show_search import step_line
 
             sys.stderr.write(f"[{number}] {step_line(step)}\n")  # of click's own stream a live bar knows nothing
         number += 1

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import AskedFault, defect_options, training_data_options
-from rerampile.command import (
+from rerampile.commands.chip_options import AskedFault, defect_options, training_data_options
+from rerampile.commands.options import (
     PATH,
     examples,
     json_option,
@@ -18,7 +18,7 @@ from rerampile.command import (
     scale_option,
     target_options,
 )
-from rerampile.prune_command import open_calibration
+from rerampile.commands.prune import open_calibration
 
 if TYPE_CHECKING:
     from rerampile.training.stuck_weights import Defects

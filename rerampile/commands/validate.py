@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rerampile.chip_options import (
+from rerampile.commands.chip_options import (
     AskedFaults,
     data_options,
     effort_options,
@@ -18,8 +18,8 @@ from rerampile.chip_options import (
     metric_options,
     seed_option,
 )
-from rerampile.chips_progress import chips_progress
-from rerampile.command import PATH, examples, json_option, print_json, refuse_given, report_folder
+from rerampile.commands.chips_progress import chips_progress
+from rerampile.commands.options import PATH, examples, json_option, print_json, refuse_given, report_folder
 from rerampile.interruption import cleaned_up
 
 __all__ = ["validate"]
@@ -116,7 +116,7 @@ def validate(
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:
-        from rerampile.show_validation import show_validation
+        from rerampile.commands.show_validation import show_validation
         from rerampile.terminal import console
 
         show_validation(console(), report, next(path for path in written if path.suffix == ".html"))

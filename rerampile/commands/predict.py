@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from rerampile.chip_options import AskedFaults, data_options, fault_options
-from rerampile.command import PATH, examples, json_option, print_json
+from rerampile.commands.chip_options import AskedFaults, data_options, fault_options
+from rerampile.commands.options import PATH, examples, json_option, print_json
 
 __all__ = ["predict"]
 
@@ -64,7 +64,7 @@ def predict(
     if as_json:
         print_json(msgspec.to_builtins(found))
         return
-    from rerampile.show_prediction import show_prediction
+    from rerampile.commands.show_prediction import show_prediction
     from rerampile.terminal import console
 
     show_prediction(console(), found, verbose, out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import (
+from rerampile.commands.chip_options import (
     AskedFaults,
     correction_options,
     data_options,
@@ -19,8 +19,8 @@ from rerampile.chip_options import (
     metric_options,
     seed_option,
 )
-from rerampile.chips_progress import chips_progress
-from rerampile.command import (
+from rerampile.commands.chips_progress import chips_progress
+from rerampile.commands.options import (
     PATH,
     examples,
     json_option,
@@ -142,7 +142,7 @@ def compare(
     if as_json:
         print_json(msgspec.to_builtins(report))
         return
-    from rerampile.show_validation import show_comparison
+    from rerampile.commands.show_validation import show_comparison
     from rerampile.terminal import console
 
     show_comparison(console(), report, place / "report.html")
@@ -189,8 +189,8 @@ def _compiled(
         options: What they have in common, of :func:`rerampile.compile_model`.
         seen: Calibration images, as fields of an ``Experiment``.
     """
+    from rerampile.commands.prune import open_calibration
     from rerampile.compiler import CALIBRATION_IMAGES, compile_model
-    from rerampile.prune_command import open_calibration
     from rerampile.schemes import WEIGHED
 
     calibrated = options["clip"] or options["correct"]

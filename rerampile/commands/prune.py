@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.chip_options import calibration_options, family
-from rerampile.command import PATH, examples, json_option, own_folder, print_json, read_ratios, target_options
+from rerampile.commands.chip_options import calibration_options, family
+from rerampile.commands.options import PATH, examples, json_option, own_folder, print_json, read_ratios, target_options
 
 if TYPE_CHECKING:
     from rerampile.pruning import PrunedModel, PruneRequest
@@ -123,7 +123,7 @@ def prune(
     if as_json:
         print_json(record)
     else:
-        from rerampile.show_pruning import show_pruning
+        from rerampile.commands.show_pruning import show_pruning
         from rerampile.terminal import console
 
         show_pruning(console(), pruned, place / _MODEL)
