@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     spec = options.calibration or training_split(options.data)
     images = open_dataset(spec, session, default_split="train", generate=options.calibration_images)
     lines = []
-    for option in OPTIONS:
+    for option in [option for option in OPTIONS if option.name in options.lines]:
         found: dict[float, MetricReport] = {}
         for rate in sorted(map(float, options.failure_rate.split(","))):
             found[rate] = run(option, rate, images, options)
@@ -237,6 +237,8 @@ def repeat(options: argparse.Namespace) -> list[str]:
     words += ["--name", options.name, "--title", options.title, "--failure-rate", options.failure_rate]
     words += ["--runs", str(options.runs), "--calibration-images", str(options.calibration_images)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
+    if len(options.lines) < len(OPTIONS):
+        words += ["--lines", "; ".join(option.name for option in OPTIONS if option.name in options.lines)]
     return words + ([] if options.note is None else ["--note", options.note])
 
 
@@ -253,12 +255,16 @@ def main() -> None:
     parser.add_argument("--title", required=True)
     parser.add_argument("--note", help="what readers should know of the data")
     parser.add_argument("--failure-rate", default="0.0005,0.001,0.005,0.01,0.02,0.04")
+    parser.add_argument("--lines", default="; ".join(o.name for o in OPTIONS), help="the ones to measure")
     parser.add_argument("--give-up", type=float, default=20.0, help="drop in points above which higher rates are left")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
     parser.add_argument("--batch", type=int, default=32, help="images run at once; of no consequence")
     parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
     options = parser.parse_args()
+    options.lines = {OPTIONS[0].name} | {line.strip() for line in options.lines.split(";")}
+    if not options.lines <= {option.name for option in OPTIONS}:
+        parser.error(f"--lines: expected some of: {'; '.join(option.name for option in OPTIONS)}")
     lines = measure(options)
     (HERE / f"{options.name}.md").write_text(page(lines, options))
     svg, _ = render(picture(lines, options))
