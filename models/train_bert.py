@@ -152,7 +152,7 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     shape = Shape(classes=len(FAMILIES))
-    tokens, labels, table = passages(read_words(options.library), shape, options.passages)
+    tokens, labels, table = passages(read_words(options.stdlib), shape, options.passages)
     held_out = np.arange(len(labels)) % HELD_OUT == 0
     write_passages(options, tokens, labels, held_out)
     x, y = torch.from_numpy(tokens[~held_out]), torch.from_numpy(labels[~held_out])
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=Path, required=True, help=".npz file to write: some passages of the training"
     )
-    parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")), help="where the text is")
+    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="where the text is")
     parser.add_argument("--passages", type=int, default=2048, help="of a family, at most")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=64)

@@ -21,7 +21,7 @@ from rerampile.array_plan import ArrayPlan, Partition, Region, span_fields
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
 from rerampile.layer_plan import CopiesPlan
-from rerampile.passes.bins import Bin, Grid, Piece
+from rerampile.passes.bins import Bin, Grid, Piece, array_set
 from rerampile.passes.protect import protected
 from rerampile.passes.spend import further_copies
 from rerampile.schemes import Coding
@@ -255,17 +255,5 @@ def _place(target: Target, bins: Sequence[Bin]) -> Iterator[ArrayPlan]:
             msgspec.structs.replace(piece.partition, row=row, column=output * grid.width)
             for piece, row, output in bin_.pieces
         ]
-        for k, roles in enumerate(grid.roles):
-            chip, tile, core, array = target.address(first + k)
-            yield ArrayPlan(
-                id=first + k,
-                chip=chip,
-                tile=tile,
-                core=core,
-                array=array,
-                roles=list(roles),
-                slices=slices,
-                partitions=partitions,
-                twin=first + 1 - k if len(grid.roles) == 2 else None,
-            )
+        yield from array_set(target, first, grid.roles, slices, partitions)
         first += len(grid.roles)

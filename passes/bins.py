@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rerampile.array_plan import Partition
+from rerampile.array_plan import ArrayPlan, Partition
 from rerampile.errors import CapacityError
 from rerampile.layer import Layer
 from rerampile.schemes import Coding
 from rerampile.target import Target
 
-__all__ = ["Bin", "Grid", "Piece"]
+__all__ = ["Bin", "Grid", "Piece", "array_set"]
 
 Role = Literal["plus", "minus"]
 
@@ -108,3 +109,30 @@ class Bin:
         self.pieces += [(piece, self.rows + row, self.outputs + output) for piece, row, output in other.pieces]
         self.rows += other.rows
         self.outputs += other.outputs
+
+
+def array_set(
+    target: Target, first: int, roles: Sequence[Sequence[Role]], slices: list[int], partitions: list[Partition]
+) -> Iterator[ArrayPlan]:
+    """Yield an array, or two twins, in address order.
+
+    Args:
+        target: The hardware.
+        first: Id of the first one.
+        roles: The roles of each of them.
+        slices: The slices that they hold.
+        partitions: What sits on them.
+    """
+    for k, own in enumerate(roles):
+        chip, tile, core, array = target.address(first + k)
+        yield ArrayPlan(
+            id=first + k,
+            chip=chip,
+            tile=tile,
+            core=core,
+            array=array,
+            roles=list(own),
+            slices=slices,
+            partitions=partitions,
+            twin=first + 1 - k if len(roles) == 2 else None,
+        )

@@ -19,6 +19,7 @@ from rerampile.array_plan import ArrayPlan, Partition, SliceCopy, span_fields
 from rerampile.deployment import footprint
 from rerampile.errors import ConfigError
 from rerampile.layer import Layer
+from rerampile.passes.bins import array_set
 from rerampile.slice_copies import protection_of
 from rerampile.target import Target
 from rerampile.unit import Unit
@@ -285,19 +286,6 @@ def _one_copy(
 
 
 def _empty_set(target: Target, arrays: Sequence[ArrayPlan], model: ArrayPlan) -> Iterator[ArrayPlan]:
-    """Yield an array, or two twins, like those of a layer, with nothing on them, to follow the others."""
-    first = len(arrays)
+    """Return an array, or two twins, like those of a layer, with nothing on them, to follow the others."""
     models = [model] if model.twin is None else [model, arrays[model.twin]]
-    for k, each in enumerate(models):
-        chip, tile, core, array = target.address(first + k)
-        yield ArrayPlan(
-            id=first + k,
-            chip=chip,
-            tile=tile,
-            core=core,
-            array=array,
-            roles=each.roles,
-            slices=each.slices,
-            partitions=[],
-            twin=first + 1 - k if model.twin is not None else None,
-        )
+    return array_set(target, len(arrays), [each.roles for each in models], model.slices, [])

@@ -195,11 +195,13 @@ def lines(partition: Partition, width: int) -> tuple[npt.NDArray[np.int64], npt.
         partition: The partition.
         width: Columns that one output takes.
     """
-    groups = np.arange(partition.groups[1] - partition.groups[0])[:, None]
-    rows = groups * partition.input_count + np.array(partition.row_places, np.int64)
-    slots = groups * partition.output_count + np.array(partition.slot_places, np.int64)
-    columns = slots.reshape(-1, 1) * width + np.arange(width)
-    return partition.row + rows.reshape(-1), partition.column + columns.reshape(-1)
+    groups = partition.groups[1] - partition.groups[0]  # places are listed for one group alone
+    listed, slots = partition.input_rows, partition.output_slots
+    rows = np.arange(groups * partition.input_count) if listed is None else np.array(listed, np.int64)
+    columns = np.arange(groups * partition.output_count * width)
+    if slots is not None:
+        columns = (np.array(slots, np.int64)[:, None] * width + np.arange(width)).reshape(-1)
+    return partition.row + rows, partition.column + columns
 
 
 def partition_blocks(

@@ -18,7 +18,7 @@ from rerampile.runtime.statistics import Interval, interval_of
 from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
 from rerampile.runtime.validation import ValidationReport
 
-__all__ = ["Compared", "ComparisonReport", "Difference", "Known", "check_alike", "check_drop", "compare"]
+__all__ = ["Compared", "ComparisonReport", "Difference", "Known", "check_alike", "check_drop", "compare", "known"]
 
 
 class Known(msgspec.Struct, kw_only=True, frozen=True):
@@ -158,8 +158,8 @@ def compare(validations: Sequence[ValidationReport], *, drop: float = 1.0) -> Co
             Compared(
                 name=validation.folder,
                 same_cells=_cells(validation) == _cells(reference),
-                tolerated=_known(tolerated_rate(curve, drop)),
-                times=None if validation is reference else _known(rate_ratio(curve, curves[0], drop)),
+                tolerated=known(tolerated_rate(curve, drop)),
+                times=None if validation is reference else known(rate_ratio(curve, curves[0], drop)),
                 differences=[] if validation is reference else _differences(validation, reference, metric),
             )
             for validation, curve in zip(validations, curves, strict=True)
@@ -208,7 +208,9 @@ def _differences(validation: ValidationReport, reference: ValidationReport, metr
     return found
 
 
-def _known(estimate: Estimate) -> Known:
+def known(estimate: Estimate) -> Known:
+    """Return an estimate as reports have it."""
+
     def closed(interval: Interval) -> tuple[float, float | None]:
         return interval.low, None if math.isinf(interval.high) else interval.high
 

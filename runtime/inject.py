@@ -201,6 +201,7 @@ class _Places:
         parts, segments, input_segments = np.zeros((3, geometry.arrays, geometry.columns), np.int64)
         block_layer: list[int] = []
         first_segment: dict[int, int] = {}
+        ranges = [layer_segments(layer) for layer in plan.layers]
         count = 0
         for array in plan.arrays:
             first_segment[array.id] = segment = count if array.twin is None else first_segment.get(array.twin, count)
@@ -220,7 +221,7 @@ class _Places:
                 segments[array.id, width] = np.repeat(segment + np.arange(len(output)), len(part))
                 segment += len(output)
                 first_input = np.array(partition.input_indices[:1])
-                input_segments[array.id, width] = layer_segments(layer).number_of(first_input)
+                input_segments[array.id, width] = ranges[partition.layer].number_of(first_input)
             count = max(count, segment)
         return cls(
             geometry=geometry,

@@ -12,7 +12,7 @@ from rerampile.deployment import Deployment, layer_coding, layer_segments
 from rerampile.errors import ConfigError
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
-from rerampile.runtime.inject import LayerCells, LayerFaults
+from rerampile.runtime.inject import LayerCells, LayerFaults, Leaks
 from rerampile.runtime.repair import best_gain, output_energies, repair_errors
 from rerampile.runtime.stuck_cells import StuckCells
 
@@ -132,7 +132,10 @@ class LayerProgram:
 
     def weights(self) -> Floats:
         """Return the weights as the chip reads them now, float32 [groups * outputs, inputs]."""
-        weights, faults = self._coding.decode(self.cells, self._segments.spread(self.gain)), self.faults
+        return self._read(self.faults)
+
+    def _read(self, faults: LayerFaults) -> Floats:
+        weights = self._coding.decode(self.cells, self._segments.spread(self.gain))
         weights.reshape(-1)[faults.index] = faults.value
         return weights
 
@@ -144,26 +147,27 @@ class LayerProgram:
         self.touched.append(self.cells.size - int(same) - int(np.count_nonzero(held & self._turned().stuck)))
         self.flips.append(len(self.flipped))
 
-    def _left(self, errors: Floats | None = None) -> Doubles:
-        """Return the energy of the errors of each output, [groups * outputs]: the present ones, or others'."""
-        errors = self.weights() - self._wanted if errors is None else errors
+    def _left(self) -> Doubles:
+        """Return the energy of the present errors of each output, [groups * outputs]."""
+        faults = self.faults
+        return self._energy(self._read(faults) - self._wanted, faults.leaks)
+
+    def _energy(self, errors: Floats, leaks: Leaks | None) -> Doubles:
+        """Return the energy of errors and leaks of each output, [groups * outputs]."""
         energies = output_energies(self._shaped(errors), self._moments).reshape(-1)
         if self.shift.any():  # a variance, but for rounding: moments and means are float32
             energies = np.maximum(energies + self.shift * (self.shift + 2 * self._means(errors)), 0.0)
-        return energies if self._stuck.at_home.all() else energies + self._leaked()
+        return energies if leaks is None else energies + self._leaked(leaks)
 
-    def _leaked(self) -> Doubles:
+    def _leaked(self, leaks: Leaks) -> Doubles:
         """Return the energy that inputs of other groups add to each output, [groups * outputs].
 
         As if these had nothing in common with the output's own inputs, nor with one another.
         """
-        leaks, found = self.faults.leaks, np.zeros(self.plan.groups * self.plan.outputs)
-        if leaks is not None:
-            power = np.square(leaks.value.astype(np.float64))
-            if self._moments is not None:
-                power *= np.einsum("gii->gi", self._moments).reshape(-1)[leaks.in_row]
-            found += np.bincount(leaks.out_row, power, len(found))
-        return found
+        power = np.square(leaks.value.astype(np.float64))
+        if self._moments is not None:
+            power *= np.einsum("gii->gi", self._moments).reshape(-1)[leaks.in_row]
+        return np.bincount(leaks.out_row, power, self.plan.groups * self.plan.outputs).astype(np.float64)
 
     def _means(self, errors: Floats) -> Doubles:
         """Return the mean that errors add to each output, [groups * outputs]."""
@@ -238,16 +242,17 @@ class LayerProgram:
         """Move healthy weights; zeros stay zero, and outputs whose energy would not fall stay as they are."""
         if self._moments is None:
             return
-        errors = self.weights() - self._wanted
+        faults = self.faults
+        errors = self._read(faults) - self._wanted
         free = self._wanted != 0
-        free.reshape(-1)[self.faults.index] = False
+        free.reshape(-1)[faults.index] = False
         moved = repair_errors(self._shaped(errors), self._shaped(free), self._moments).reshape(errors.shape)
         before, targets = self.cells, self._wanted + np.where(free, moved, np.float32(0))
         held = self._at_hit(before)
         encoded = self._coding.encode(targets, self._segments.spread(self.gain))
         self.cells = np.where((moved != 0).any(axis=1)[:, None] & free, encoded, self.cells)
         self._set(held)
-        self._keep_better(self._left(errors), before, self.gain)
+        self._keep_better(self._energy(errors, faults.leaks), before, self.gain)
 
     def _adjust(self) -> None:
         """Change the gain of each output where that leaves less error."""

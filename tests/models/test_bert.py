@@ -95,7 +95,7 @@ def test_what_is_trained_is_what_is_written(trainer: ModuleType, models_folder: 
     folder = library(tmp_path / "library", trainer.FAMILIES)
     files = {name: tmp_path / name for name in ("out.onnx", "test.npz", "seen.npz")}
     words = ["--out", files["out.onnx"], "--test", files["test.npz"], "--calibration", files["seen.npz"]]
-    command = [sys.executable, models_folder / "train_bert.py", *words, "--library", folder, "--epochs", "2"]
+    command = [sys.executable, models_folder / "train_bert.py", *words, "--stdlib", folder, "--epochs", "2"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "epoch 2  loss" in done.stdout
