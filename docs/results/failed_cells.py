@@ -16,15 +16,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from mappings import cells, in_fp32, parser_of, repeat, say, tolerated
+from chips import finish_rates, rates_of, run_chips, tolerated
+from mappings import cells, in_fp32, parser_of, repeat
 from tables import accuracy, command, table, write_comparison
 
 from rerampile import compile_model
 from rerampile.failed_cells import RESPONSES
 from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
-from rerampile.runtime.monte_carlo import Experiment
-from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.runtime.validation import ValidationReport
 from rerampile.schemes import WEIGHED
 from rerampile.target import Target
 
@@ -49,21 +49,12 @@ def measure(options: argparse.Namespace) -> list[ValidationReport]:
     reports = []
     for response in RESPONSES:
         target = target_of(response, options)
-        faults = tuple(FaultModel.of_target(float(rate), target) for rate in options.failure_rate.split(","))
+        faults = [FaultModel.of_target(rate, target) for rate in rates_of(options)]
         for mapping in MAPPINGS:
             folder = options.work / f"{response}-{mapping}"
             weighed = faults[0] if mapping in WEIGHED else None  # on whose ratio alone the mapping depends
             compile_model(options.model, out=folder, target=target, mapping=mapping, faults=weighed)
-            experiment = Experiment(
-                folder=folder,
-                faults=faults,
-                data=options.data,
-                images_per_run=options.images_per_run,
-                batch=options.batch,
-                precision=options.precision,
-            )
-            journal = options.work / f"{folder.name}.journal.jsonl"
-            reports.append(validate(experiment, journal, runs=options.runs, progress=say(folder.name)))
+            reports.append(run_chips(folder, options, faults, batch=options.batch, precision=options.precision))
     return reports
 
 
@@ -142,11 +133,7 @@ def picture(report: ComparisonReport) -> Callable[[Any], None]:
                 ms=3,
                 label=f"{response.replace('_', ' ')}, {mapping}",
             )
-        axes.set_xscale("log")
-        axes.set_xlabel("failure rate of a cell")
-        axes.set_ylabel(f"{report.metric} (%)")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=6)
+        finish_rates(axes, f"{report.metric} (%)", 6)
 
     return draw
 

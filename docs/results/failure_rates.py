@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from mappings import say, tolerated
+from chips import finish_rates, rates_of, run_chips, tolerated
 from pruned_models import PrunedModels, parser_of, repeat
 from tables import accuracy, command, table, write_comparison
 
@@ -23,8 +23,7 @@ from rerampile import compile_model
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
-from rerampile.runtime.monte_carlo import Experiment
-from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.runtime.validation import ValidationReport
 from rerampile.schemes import Scale
 
 Line = tuple[float, str, Scale]  # ratio, mapping, scale
@@ -41,18 +40,12 @@ def lines_of(options: argparse.Namespace) -> list[Line]:
 def measure(options: argparse.Namespace) -> list[ValidationReport]:
     """Run the chips of each line."""
     models, reports = PrunedModels(options), []
+    faults = [FaultModel.of_rate(rate) for rate in rates_of(options)]
     for ratio, mapping, scale in lines_of(options):
         pruned = models.find(PruneRequest(ratios={"*": ratio})) if ratio > 0 else models.dense
         folder = options.work / f"rates-{mapping}-{scale}-{ratio:g}"
         compile_model(pruned.path, out=folder, mapping=mapping, scale=scale)
-        experiment = Experiment(
-            folder=folder,
-            faults=tuple(FaultModel.of_rate(float(rate)) for rate in options.failure_rate.split(",")),
-            data=options.data,
-            images_per_run=options.images_per_run,
-        )
-        journal = options.work / f"{folder.name}.journal.jsonl"
-        reports.append(validate(experiment, journal, runs=options.runs, progress=say(folder.name)))
+        reports.append(run_chips(folder, options, faults))
     return reports
 
 
@@ -107,11 +100,7 @@ def picture(report: ComparisonReport, options: argparse.Namespace) -> Callable[[
             label = f"{mapping}, {scale} scale, {'unpruned' if ratio == 0 else f'{ratio:.0%} pruned'}"
             rates = [rate.rate for rate in found.rates]
             axes.errorbar(rates, [m.mean for m in metrics], half, marker="o", ms=3, capsize=2, label=label)
-        axes.set_xscale("log")
-        axes.set_xlabel("failure rate of a cell")
-        axes.set_ylabel(f"{report.metric} (%)")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=7)
+        finish_rates(axes, f"{report.metric} (%)")
 
     return draw
 

@@ -12,18 +12,16 @@ Example:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
+from chips import rates_of, run_chips, tolerated
 from tables import accuracy, command, shown_model, table, write_comparison
 
 from rerampile import compile_model
-from rerampile.runtime.comparison import Compared, ComparisonReport, Known, compare
+from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
-from rerampile.runtime.monte_carlo import ChipResult, Experiment
 from rerampile.runtime.pictures import rates_picture
-from rerampile.runtime.report import known_text
-from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.runtime.validation import ValidationReport
 from rerampile.schemes import SCALES
 from rerampile.target import Target
 
@@ -35,32 +33,13 @@ TARGET = "paper"
 def measure(options: argparse.Namespace) -> list[ValidationReport]:
     """Compile the model with each mapping and scale, and run the chips; the baseline of the paper comes first."""
     target = Target.load(options.target, {} if options.levels is None else {"cell.levels": options.levels})
-    reports = []
+    faults, reports = [FaultModel.of_rate(rate) for rate in rates_of(options)], []
     for scale in (scale for scale in SCALES if options.precision == "fp32" or scale != "partition"):
         for mapping in MAPPINGS:
             folder = options.work / f"{mapping}-{scale}"
             compile_model(options.model, out=folder, target=target, mapping=mapping, scale=scale)
-            experiment = Experiment(
-                folder=folder,
-                faults=tuple(FaultModel.of_rate(float(rate)) for rate in options.failure_rate.split(",")),
-                data=options.data,
-                images_per_run=options.images_per_run,
-                batch=options.batch,
-                precision=options.precision,
-            )
-            journal = options.work / f"{mapping}-{scale}.journal.jsonl"
-            reports.append(validate(experiment, journal, runs=options.runs, progress=say(folder.name)))
+            reports.append(run_chips(folder, options, faults, batch=options.batch, precision=options.precision))
     return reports
-
-
-def say(name: str) -> Callable[[int, int, ChipResult | None], None]:
-    """Return what prints a line now and then."""
-
-    def progress(finished: int, wanted: int, result: ChipResult | None) -> None:
-        if finished % 20 == 0 or finished == wanted:
-            print(f"{name}: {finished} of {wanted}", flush=True)
-
-    return progress
 
 
 def page(report: ComparisonReport, options: argparse.Namespace) -> str:
@@ -127,18 +106,6 @@ def repeat(options: argparse.Namespace) -> list[str]:
     words += [] if options.target == TARGET else ["--target", options.target]
     words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
     return words + ([] if options.note is None else ["--note", options.note])
-
-
-def tolerated(compared: Compared) -> list[str]:
-    """Return the cells about tolerated failure rates."""
-    cells = [known_text(compared.tolerated), ends(compared.tolerated)]
-    return [*cells, "1", ""] if compared.times is None else [*cells, known_text(compared.times), ends(compared.times)]
-
-
-def ends(known: Known) -> str:
-    """Return an interval, with open ends."""
-    low, high = known.interval
-    return f"{low:.2g} … {'' if high is None else f'{high:.2g}'}"
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

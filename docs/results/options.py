@@ -13,7 +13,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from chips import finish_rates, known_cells, rates_of, run_chips
 from tables import HERE, accuracy, command, shown_model, table
 
 from rerampile import compile_model
 from rerampile.deployment import load_deployment
+from rerampile.runtime.comparison import known
 from rerampile.runtime.data import open_dataset, training_split
 from rerampile.runtime.dataset import Dataset
 from rerampile.runtime.faults import FaultModel
-from rerampile.runtime.monte_carlo import Experiment
 from rerampile.runtime.pictures import render
 from rerampile.runtime.session import open_session
-from rerampile.runtime.tolerance import Curve, Estimate, rate_ratio, tolerated_rate
-from rerampile.runtime.validation import MetricReport, validate
+from rerampile.runtime.tolerance import Curve, rate_ratio, tolerated_rate
+from rerampile.runtime.validation import MetricReport
 from rerampile.schemes import WEIGHED, MappingName, Scale
 from rerampile.target import Target
 
@@ -87,9 +87,15 @@ class Line:
     option: Option
     found: dict[float, MetricReport]
 
-    def curve(self, clean: dict[float, list[float]]) -> Curve:
-        """Return drops of the chips from the user's model, percent by rate and chip."""
-        drops = [np.subtract(clean[rate], metric.values) for rate, metric in self.found.items()]
+    @property
+    def clean(self) -> list[float]:
+        """What the compiled model has without faults on the images that each chip saw, the same at all rates."""
+        first = next(iter(self.found.values()))
+        return [value + drop for value, drop in zip(first.values, first.drops, strict=True)]
+
+    def curve(self, clean: list[float]) -> Curve:
+        """Return drops of the chips from a clean model, percent by rate and chip."""
+        drops = [np.subtract(clean, metric.values) for metric in self.found.values()]
         return Curve(rates=np.array(list(self.found)), drops=np.array(drops))
 
 
@@ -102,7 +108,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     lines = []
     for option in [option for option in OPTIONS if option.name in options.lines]:
         found: dict[float, MetricReport] = {}
-        for rate in sorted(map(float, options.failure_rate.split(","))):
+        for rate in rates_of(options):
             found[rate] = run(option, rate, images, options)
             print(f"{option.name} {rate:g}: {found[rate].mean:.2f}, drop {found[rate].drop:.2f}", flush=True)
             if found[rate].drop > options.give_up:
@@ -114,7 +120,6 @@ def measure(options: argparse.Namespace) -> list[Line]:
 def run(option: Option, rate: float, images: Dataset, options: argparse.Namespace) -> MetricReport:
     """Run the chips of an option at a rate."""
     name = option.name.replace(" --", "-").replace(" ", "-")
-    journal = options.work / f"{name}-{rate:g}.journal.jsonl"
     faults = FaultModel.of_rate(rate)
     folder = options.work / f"{name}.deployment"
     if not (option.any_rate and folder.exists()):
@@ -131,9 +136,7 @@ def run(option: Option, rate: float, images: Dataset, options: argparse.Namespac
             calibration=images if option.clip or option.correct else None,
             calibration_images=options.calibration_images,
         )
-    few = options.images_per_run
-    experiment = Experiment(folder=folder, faults=(faults,), data=options.data, images_per_run=few, batch=options.batch)
-    report = validate(experiment, journal, runs=options.runs)
+    report = run_chips(folder, options, [faults], name=f"{name}-{rate:g}", batch=options.batch)
     return next(iter(report.rates[0].metrics.values()))
 
 
@@ -142,17 +145,9 @@ def needed(options: argparse.Namespace) -> int:
     return load_deployment(options.work / f"{OPTIONS[0].name.replace(' ', '-')}.deployment").plan.totals.arrays
 
 
-def clean_values(lines: list[Line], rates: list[float]) -> dict[float, list[float]]:
-    """Return what the user's model has without faults on the images that each chip saw: the same at all rates."""
-    found = next(iter(lines[0].found.values()))
-    values = [value + drop for value, drop in zip(found.values, found.drops, strict=True)]
-    return dict.fromkeys(rates, values)
-
-
 def page(lines: list[Line], options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
-    rates = sorted(map(float, options.failure_rate.split(",")))
-    clean = clean_values(lines, rates)
+    rates = rates_of(options)
     few = options.images_per_run
     seen = "all test images" if few is None else f"{few} of the test images a chip, drawn anew for each"
     first = next(iter(lines[0].found.values()))
@@ -179,9 +174,7 @@ def page(lines: list[Line], options: argparse.Namespace) -> str:
         "The drop is from the user's model without faults on the same images. *Times* is in units of the first line.",
         "Between two rates the drop is taken as a power of the rate; intervals are of 95 %, by resampling chips.",
         "",
-        *table(
-            ["option", "tolerated", "interval", "times", "interval"], [tolerated(x, lines[0], clean) for x in lines]
-        ),
+        *table(["option", "tolerated", "interval", "times", "interval"], [tolerance(x, lines[0]) for x in lines]),
         "",
         f"Every chip's value is in [{options.name}.json]({options.name}.json).",
         *command("options.py", repeat(options)),
@@ -189,42 +182,24 @@ def page(lines: list[Line], options: argparse.Namespace) -> str:
     return "\n".join(text) + "\n"
 
 
-def tolerated(line: Line, baseline: Line, clean: dict[float, list[float]]) -> list[str]:
-    """Return the row of an option."""
-    curve, reference = line.curve(clean), baseline.curve(clean)
-    cells = [f"`{line.option.name}`", *ends(tolerated_rate(curve, DROP))]
-    return cells + (["1", ""] if line is baseline else ends(rate_ratio(curve, reference, DROP)))
+def tolerance(line: Line, baseline: Line) -> list[str]:
+    """Return the row of an option; drops are from the baseline's clean model, which is the user's."""
+    curve, reference = line.curve(baseline.clean), baseline.curve(baseline.clean)
+    times = ["1", ""] if line is baseline else known_cells(known(rate_ratio(curve, reference, DROP)))
+    return [f"`{line.option.name}`", *known_cells(known(tolerated_rate(curve, DROP))), *times]
 
 
-def ends(found: Estimate) -> list[str]:
-    """Return an estimate and its interval, with open ends."""
-    low, high = found.range.low, found.range.high
-    if low == high:
-        estimate = f"{low:.2g}"
-    elif math.isinf(high):
-        estimate = f"> {low:.2g}"
-    else:
-        estimate = f"< {high:.2g}" if low == 0 else f"{low:.2g} … {high:.2g}"
-    end = "" if math.isinf(found.interval.high) else f"{found.interval.high:.2g}"
-    return [estimate, f"{found.interval.low:.2g} … {end}"]
-
-
-def picture(lines: list[Line], options: argparse.Namespace) -> Callable[[Any], None]:
+def picture(lines: list[Line]) -> Callable[[Any], None]:
     """Return what draws the drop over failure rate."""
-    clean = clean_values(lines, list(map(float, options.failure_rate.split(","))))
 
     def draw(axes: Any) -> None:
         for number, line in enumerate(lines):
-            curve = line.curve(clean)
+            curve = line.curve(lines[0].clean)
             style = {"color": f"C{number % 10}", "ls": "--" if number > 9 else "-"}
             axes.plot(curve.rates, curve.drops.mean(axis=1), marker="o", ms=3, label=line.option.name, **style)
         axes.axhline(DROP, color="0.6", lw=0.8)
-        axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_xlabel("failure rate of a cell")
-        axes.set_ylabel("mean drop (points)")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=6)
+        finish_rates(axes, "mean drop (points)", 6)
 
     return draw
 
@@ -267,7 +242,7 @@ def main() -> None:
         parser.error(f"--lines: expected some of: {'; '.join(option.name for option in OPTIONS)}")
     lines = measure(options)
     (HERE / f"{options.name}.md").write_text(page(lines, options))
-    svg, _ = render(picture(lines, options))
+    svg, _ = render(picture(lines))
     (HERE / f"{options.name}.svg").write_text(svg)
     numbers = {line.option.name: {f"{rate:g}": found for rate, found in line.found.items()} for line in lines}
     (HERE / f"{options.name}.json").write_bytes(msgspec.json.encode(numbers) + b"\n")

@@ -17,18 +17,16 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-from mappings import say, tolerated
+from chips import rates_of, run_chips, tolerated
 from pruned_models import PrunedModels, parser_of, repeat
-from tables import HERE, accuracy, command, table
+from tables import accuracy, command, table, write_comparison
 
 from rerampile import Plan, compile_model
 from rerampile.pruning import PruneRequest
 from rerampile.runtime.comparison import ComparisonReport, compare
 from rerampile.runtime.faults import FaultModel
-from rerampile.runtime.monte_carlo import Experiment
-from rerampile.runtime.pictures import rates_picture, render
-from rerampile.runtime.validation import ValidationReport, validate
+from rerampile.runtime.pictures import rates_picture
+from rerampile.runtime.validation import ValidationReport
 
 LINES: dict[str, dict[str, Any]] = {
     "unprotected": {},
@@ -42,19 +40,12 @@ def measure(options: argparse.Namespace) -> tuple[list[ValidationReport], list[P
     """Run the chips of each line; also return the plans, and the accuracy of the model before it was pruned."""
     models = PrunedModels(options)
     pruned = models.find(PruneRequest(ratios={"*": float(options.ratios)}, structure="rows"))
+    faults = [FaultModel.of_rate(rate) for rate in rates_of(options)]
     reports, plans = [], []
     for name, how in LINES.items():
         folder = options.work / name.replace(", ", "-").replace(" ", "-")
         plans.append(compile_model(pruned.path, out=folder, target=options.target, **how).plan)
-        experiment = Experiment(
-            folder=folder,
-            faults=tuple(FaultModel.of_rate(float(rate)) for rate in options.failure_rate.split(",")),
-            data=options.data,
-            images_per_run=options.images_per_run,
-            batch=options.batch,
-        )
-        journal = options.work / f"{folder.name}.journal.jsonl"
-        reports.append(validate(experiment, journal, runs=options.runs, progress=say(name)))
+        reports.append(run_chips(folder, options, faults, batch=options.batch))
     return reports, plans, models.dense.accuracy
 
 
@@ -127,12 +118,8 @@ def main() -> None:
     options = parser.parse_args()
     reports, plans, dense = measure(options)
     report = compare(reports)
-    (HERE / f"{options.name}.md").write_text(page(report, plans, dense, options))
-    svg, _ = render(rates_picture(report.validations, report.metric))
-    (HERE / f"{options.name}.svg").write_text(svg)
-    numbers = msgspec.json.encode(report)
-    shown = options.shown_data or options.data
-    (HERE / f"{options.name}.json").write_bytes(numbers.replace(options.data.encode(), shown.encode()) + b"\n")
+    draw = rates_picture(report.validations, report.metric)
+    write_comparison(report, page(report, plans, dense, options), draw, options)
 
 
 if __name__ == "__main__":
