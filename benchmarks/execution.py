@@ -3,8 +3,8 @@
 A chip is drawn, injected, run on all images and undone: in fp32, the fast and the slow way, from analog cells, and in
 int8 from cells of 16 levels. The yardstick runs the deployed model itself in fp32 on the same images, with the same
 threads and batch. All alternate in one process, and medians of the ratios are shown, because machines vary by more than
-what is measured. Where PyTorch is installed, its usual loop is timed beside them on ResNet18 for CIFAR: weights cloned,
-faults drawn as dense masks of both cells, forward, weights put back.
+what is measured. Where PyTorch is installed, its usual loop is timed beside them: faults drawn as dense masks of both
+cells into a copy of the weights, and the exported model's operators one by one.
 
 Example:
     python benchmarks/execution.py                          # ResNet18 for CIFAR, 1,000 images a chip
@@ -27,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 
 from rerampile import Deployment, Target, compile_model
+from rerampile.onnx_file import load_model_file
 from rerampile.runtime.executor import open_executor
 from rerampile.runtime.fault_map import ChipGeometry
 from rerampile.runtime.faults import FaultModel, draw_faults
@@ -85,40 +88,39 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def torch_loop(batches: Batches, rate: float, threads: int) -> Callable[[], None] | None:
-    """Return the usual PyTorch loop for one chip, or None where PyTorch is not installed."""
+def torch_loop(model: Path, batches: Batches, rate: float, threads: int) -> Callable[[], None] | None:
+    """Return the usual PyTorch loop for one chip of an exported model, or None where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
-    sys.path.insert(0, str(MODELS))
-    from train_resnet18 import network
+    from rerampile.training.torch_graph import TorchGraph
 
     torch.set_num_threads(threads)
-    model = network(64).eval()
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    images = [torch.from_numpy(next(iter(batch.values()))) for batch in batches]
+    exported = gs.import_onnx(onnx.load(model)).fold_constants().cleanup()  # casts of stored weights
+    weighty = [node for node in exported.nodes if node.op in ("Conv", "Gemm", "MatMul")]
+    network = TorchGraph(load_model_file(gs.export_onnx(exported)))
+    weights = {node.inputs[1].name: torch.from_numpy(node.inputs[1].values.copy()) for node in weighty}
+    images = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
 
     def one_chip() -> None:
         with torch.inference_mode():
-            saved = [w.clone() for w in weights]
-            for w in weights:
+            faulty = {}
+            for name, w in weights.items():
                 scale = w.abs().amax()
                 plus, minus = 1 - (-w / scale).clamp(min=0), 1 - (w / scale).clamp(min=0)
                 for cell in (plus, minus):
                     u = torch.rand_like(cell)
                     cell[u < rate * STUCK_OFF] = 0.0
                     cell[u >= 1 - rate * STUCK_ON] = 1.0
-                w.copy_((plus - minus) * scale)
+                faulty[name] = (plus - minus) * scale
             for batch in images:
-                model(batch)
-            for w, before in zip(weights, saved, strict=True):
-                w.copy_(before)
+                network.run(batch, faulty)
 
     return one_chip
 
 
-def measure(deployments: dict[str, Deployment], options: argparse.Namespace) -> None:
+def measure(model: Path, deployments: dict[str, Deployment], options: argparse.Namespace) -> None:
     """Print the table of one model; its deployments by way."""
     import onnxruntime as ort
 
@@ -127,7 +129,7 @@ def measure(deployments: dict[str, Deployment], options: argparse.Namespace) -> 
     session_options.intra_op_num_threads = options.threads
     session = open_session(deployment.model_path, session_options)
     batches = make_batches(session, options.images, options.batch)
-    torch_chip = torch_loop(batches, options.rate, options.threads) if options.torch else None
+    torch_chip = torch_loop(model, batches, options.rate, options.threads)
     ways = {way: Chips(way, d, batches, options.rate, options.threads) for way, d in deployments.items()}
     work: dict[str, Callable[[], None]] = {way: chips.run_one for way, chips in ways.items()}
     if torch_chip is not None:
@@ -177,7 +179,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ways", nargs="+", default=["fast", "slow", "int8"], choices=("fast", "slow", "int8"))
     options = parser.parse_args()
-    options.torch = options.model is None and options.stem == "cifar"
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or Path(scratch) / "resnet18.onnx"
         if options.model is None:
@@ -185,7 +186,8 @@ def main() -> None:
             subprocess.run([sys.executable, str(MODELS / "resnet18.py"), *arguments], check=True)
         targets = {way: Target.load("paper", {"cell.levels": 16} if way == "int8" else {}) for way in options.ways}
         folder = Path(scratch)
-        measure({way: compile_model(model, out=folder / way, target=targets[way]) for way in options.ways}, options)
+        ways = {way: compile_model(model, out=folder / way, target=targets[way]) for way in options.ways}
+        measure(model, ways, options)
 
 
 if __name__ == "__main__":

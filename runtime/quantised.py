@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import platform
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -31,6 +30,7 @@ from rerampile.errors import ConfigError, FaultRunError
 from rerampile.layer_plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
 from rerampile.runtime.plain_model import PlainModel, declare_weight
+from rerampile.runtime.processor import int8_saturates
 from rerampile.schemes import Coding
 
 __all__ = ["QuantisedModel", "quantised_model", "require_dot_products", "require_int8"]
@@ -44,7 +44,6 @@ _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _LARGEST = 127  # magnitude of an int8 weight
 _PERCENTILE = 99.999  # of activations lie in their range: outliers would cost all others precision
 _DEVIATIONS = 4  # how far from their mean the conductances of stuck cells are told apart
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +157,7 @@ def require_dot_products() -> None:
     Raises:
         FaultRunError: This is one.
     """
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    if platform.machine().lower() in ("x86_64", "amd64") and not flags & _DOT_PRODUCTS:
+    if int8_saturates():
         raise FaultRunError("--precision int8: this CPU has neither VNNI nor AMX, its int8 products saturate; use fp32")
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from rerampile.errors import FaultRunError
+from rerampile.runtime.processor import int8_saturates
 
 __all__ = ["open_declared", "open_session", "release_memory", "run"]
 
@@ -32,13 +33,15 @@ def open_session(model: Path | bytes, options: Any = None, providers: Sequence[s
     options.log_severity_level = 4
     # Idle threads that go on spinning take the cores from whoever draws faults or opens the next session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
-    # Products of eight bits would overflow sixteen on processors without VNNI, and give other numbers than elsewhere.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # Products with weights of four bits are rounded to eight bits otherwise, which no exact deployment agrees with.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Constant float weights between DequantizeLinear and QuantizeLinear would be rounded to eight bits, too.
-    # The last one gives weights with a scale for each channel and no zero point a single one, which then fits nothing.
-    disabled = ["WeightBiasQuantization", "QDQS8ToU8Transformer"]
+    disabled = ["WeightBiasQuantization"]
+    if int8_saturates():
+        # Exact products give the numbers of other processors. Elsewhere they are exact, and asking makes them slow.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        # Gives weights with a scale for each channel and no zero point a single one then, which fits nothing.
+        disabled.append("QDQS8ToU8Transformer")
     try:
         source = model if isinstance(model, bytes) else str(model)
         return ort.InferenceSession(source, options, list(providers), disabled_optimizers=disabled)

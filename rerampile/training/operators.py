@@ -1,4 +1,4 @@
-"""ONNX operators as functions of PyTorch: those of networks that classify images.
+"""ONNX operators as functions of PyTorch: those of networks on images.
 
 Each takes the inputs of a node, absent ones as None, and its attributes, and returns its one output. Names and meanings
 are those of the ONNX operator specification.
@@ -103,6 +103,35 @@ def _average_pool(inputs: Inputs, attributes: Attributes) -> Tensor:
 def _over_sizes(reduce: Callable[..., Tensor]) -> Callable[[Inputs, Attributes], Tensor]:
     """Return global pooling by a reduction."""
     return lambda inputs, _: reduce(inputs[0], dim=tuple(range(2, inputs[0].ndim)), keepdim=True)
+
+
+def _resize(inputs: Inputs, attributes: Attributes) -> Tensor:
+    x, _, scales, sizes = (*inputs, None, None, None)[:4]
+    if attributes.get("mode", b"nearest") != b"nearest":
+        raise Unsupported(f"mode {attributes['mode'].decode()}")
+    where = attributes.get("coordinate_transformation_mode", b"half_pixel")
+    rounding = attributes.get("nearest_mode", b"round_prefer_floor")
+    if (where, rounding) not in _REPEATING:
+        raise Unsupported(f"coordinate_transformation_mode {where.decode()} and nearest_mode {rounding.decode()}")
+    if scales is not None and scales.numel():
+        factors = [float(scale) for scale in scales]
+    elif sizes is not None and not {"axes", "keep_aspect_ratio_policy"} & set(attributes):
+        factors = [new / old for new, old in zip(_whole(sizes), x.shape, strict=True)]
+    else:
+        raise Unsupported("sizes of some axes or of kept aspect")
+    if len(factors) != x.ndim or any(factor < 1 or factor != int(factor) for factor in factors):
+        raise Unsupported(f"factors {factors}, not whole ones of every axis")
+    for axis, factor in enumerate(factors):
+        x = x.repeat_interleave(int(factor), axis) if factor > 1 else x
+    return x
+
+
+_REPEATING = {
+    (b"asymmetric", b"floor"),
+    (b"half_pixel", b"round_prefer_floor"),
+    (b"half_pixel", b"round_prefer_ceil"),
+}
+"""Where to read and how to round, as long as whole factors come to each value that many times."""
 
 
 # products and normalisation -------------------------------------------------------------------------
@@ -264,6 +293,7 @@ OPERATORS: Mapping[str, Callable[[Inputs, Attributes], Any]] = {
     "ReduceMean": _reduce_mean,
     "Relu": _first(torch.relu),
     "Reshape": _reshape,
+    "Resize": _resize,
     "Shape": _first(lambda x: torch.tensor(x.shape, dtype=torch.int64)),
     "Sigmoid": _first(torch.sigmoid),
     "Slice": _slice,

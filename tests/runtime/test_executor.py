@@ -354,7 +354,7 @@ def _exact_int8() -> None:
 
 def test_int8_needs_a_cpu_that_does_not_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("rerampile.runtime.quantised._DOT_PRODUCTS", set())
+    monkeypatch.setattr("rerampile.runtime.processor._DOT_PRODUCTS", set())
     with pytest.raises(FaultRunError, match="this CPU has neither VNNI nor AMX, its int8 products saturate; use fp32"):
         require_dot_products()
 

@@ -71,6 +71,12 @@ CASES: list[tuple[str, Sequence[np.ndarray | None], dict[str, Any]]] = [
     ("ReduceMean", (IMAGE,), {}),
     ("Relu", (IMAGE,), {}),
     ("Reshape", (IMAGE, ints(0, -1, 3)), {}),
+    (
+        *("Resize", (IMAGE, None, np.array([1, 1, 2, 3], FLOAT))),
+        {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+    ),
+    ("Resize", (IMAGE, None, None, ints(2, 8, 7, 18)), {}),
+    ("Resize", (IMAGE, None, np.array([1, 1, 4, 5], FLOAT)), {"nearest_mode": "round_prefer_ceil"}),
     ("Shape", (IMAGE,), {}),
     ("Sigmoid", (IMAGE,), {}),
     ("Slice", (IMAGE, ints(5, 1), ints(-100, 3), ints(2, 1), ints(-2, 1)), {}),
@@ -136,6 +142,22 @@ def test_every_operator_has_a_case() -> None:
         (
             *("BatchNormalization", (IMAGE, *[normal(4)] * 4), {"training_mode": 1}, 17),
             "BatchNormalization with training_mode; export the model for inference",
+        ),
+        (
+            *("Resize", (IMAGE, None, np.array([1, 1, 2, 2], FLOAT)), {"mode": "linear"}, 17),
+            "node 'node': Resize with mode linear",
+        ),
+        (
+            *("Resize", (IMAGE, None, np.array([1, 1, 1.5, 2], FLOAT)), {}, 17),
+            r"Resize with factors \[1.0, 1.0, 1.5, 2.0\], not whole ones of every axis",
+        ),
+        (
+            *("Resize", (IMAGE, None, np.array([1, 1, 2, 2], FLOAT)), {"nearest_mode": "floor"}, 17),
+            "Resize with coordinate_transformation_mode half_pixel and nearest_mode floor",
+        ),
+        (
+            *("Resize", (IMAGE, None, None, ints(14, 12)), {"axes": [2, 3]}, 18),
+            "Resize with sizes of some axes or of kept aspect",
         ),
         ("MatMul", (normal(2, 3), normal(4, 5)), {}, 17, "node 'node': MatMul cannot be run: "),
     ],
