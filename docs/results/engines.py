@@ -34,10 +34,12 @@ def measure(models: PrunedModels, options: argparse.Namespace) -> Found:
     }
 
 
-def page(dense: float, tested: int, found: Found, options: argparse.Namespace) -> str:
+def page(models: PrunedModels, found: Found, options: argparse.Namespace) -> str:
     """Return the page in Markdown."""
+    dense, tested = models.dense.accuracy, models.tested
     spread = 196 * math.sqrt(dense / 100 * (1 - dense / 100) / tested)
     ratios = sorted({ratio for _, ratio in found})
+    heads = ["engine", *(f"{ratio:.0%}" for ratio in ratios)]
     lines = [
         f"# {options.title}",
         "",
@@ -49,11 +51,19 @@ def page(dense: float, tested: int, found: Found, options: argparse.Namespace) -
         f"![accuracy over pruning ratio]({options.name}.svg)",
         "",
         *table(
-            ["engine", *(f"{ratio:.0%}" for ratio in ratios), "seconds a model"],
+            [*heads, "seconds a model"],
             [
                 [f"`{engine}`", *(f"{found[engine, r].accuracy:.1f}" for r in ratios), seconds(found, engine, ratios)]
                 for engine in ENGINES
             ],
+        ),
+        "",
+        "Error of the outputs, root mean square, percent of the dense model's outputs, on the same images. It tells",
+        "engines apart where accuracy does not:",
+        "",
+        *table(
+            heads,
+            [[f"`{engine}`", *(f"{models.output_error(found[engine, r]):.1f}" for r in ratios)] for engine in ENGINES],
         ),
         "",
         *([] if options.note is None else [options.note, ""]),
@@ -84,9 +94,9 @@ def main() -> None:
     """Measure, and write the page and its picture."""
     options = parser_of(__doc__, ratios="0.3,0.5,0.6,0.7,0.8,0.9").parse_args()
     models = PrunedModels(options)
-    dense, found = models.dense.accuracy, measure(models, options)
-    (HERE / f"{options.name}.md").write_text(page(dense, models.tested, found, options))
-    svg, _ = render(picture(dense, found))
+    found = measure(models, options)
+    (HERE / f"{options.name}.md").write_text(page(models, found, options))
+    svg, _ = render(picture(models.dense.accuracy, found))
     (HERE / f"{options.name}.svg").write_text(svg)
 
 
