@@ -10,6 +10,7 @@ from msgspec import Meta
 from rerampile.matrix_view import MatrixView
 from rerampile.plan_record import Count, Fraction, Range, Record, Sha256
 from rerampile.schemes import Scale, Scheme
+from rerampile.weight_slots import RECURRENT
 
 __all__ = [
     "ClipPlan",
@@ -247,6 +248,11 @@ class LayerPlan(Record, kw_only=True, frozen=True):
     def copy_count(self) -> int:
         """How many copies are averaged; 1 where there is but one."""
         return self.copies.count if isinstance(self.copies, CopiesPlan) else 1
+
+    @property
+    def groups_take_turns(self) -> bool:
+        """Whether groups run one after another, as directions of a recurrent layer do, and don't leak into others."""
+        return any(use.op in RECURRENT for use in self.uses)
 
     @property
     def view(self) -> MatrixView:

@@ -128,7 +128,10 @@ class Conventions(Record, kw_only=True, frozen=True):
         "hold g_off (code 0); but where a row and a column of one array belong to the same layer and to no common "
         "group or partition, the cells hold a zero weight, because that row is driven while that column is read"
     )
-    shared_arrays: str = "rows that belong to other layers than the running one are not driven"
+    shared_arrays: str = (
+        "rows that belong to other layers than the running one are not driven; nor are those of the other direction "
+        "of a recurrent layer, whose directions run one after the other"
+    )
     faults: str = "stuck_on = fixed at G_on (LRS); stuck_off = fixed at G_off (HRS)"
 
     @classmethod

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from rerampile.graph import GraphNode
 from rerampile.matrix_view import MatrixView
 
-__all__ = ["SLOTS", "WeightSlot", "slot_of"]
+__all__ = ["RECURRENT", "SLOTS", "WeightSlot", "slot_of"]
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+"""Operators whose groups are directions, which run one after another."""
 
 
 def _convolution(node: GraphNode, shape: Sequence[int]) -> MatrixView:
@@ -71,9 +74,7 @@ SLOTS: dict[str, tuple[WeightSlot, ...]] = {
         WeightSlot(3, 0, _right, _MATMUL_RANK, 5, -1, 2),
         WeightSlot(0, 3, _left, _MATMUL_RANK, 2, -2, 5),
     ),
-    "LSTM": (WeightSlot(1, 0, _recurrent, _RNN_RANK), WeightSlot(2, 0, _recurrent, _RNN_RANK)),
-    "GRU": (WeightSlot(1, 0, _recurrent, _RNN_RANK), WeightSlot(2, 0, _recurrent, _RNN_RANK)),
-    "RNN": (WeightSlot(1, 0, _recurrent, _RNN_RANK), WeightSlot(2, 0, _recurrent, _RNN_RANK)),
+    **dict.fromkeys(RECURRENT, (WeightSlot(1, 0, _recurrent, _RNN_RANK), WeightSlot(2, 0, _recurrent, _RNN_RANK))),
 }
 """By standard operator; for the second slot of a recurrent one, the data are its own states."""
 

@@ -16,9 +16,10 @@ from rerampile.errors import ConfigError
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
 from rerampile.runtime.dataset import Dataset, Indices
-from rerampile.runtime.layer_inputs import IN_SUBGRAPH, RECURRENT, NotObservedError
+from rerampile.runtime.layer_inputs import IN_SUBGRAPH, NotObservedError
 from rerampile.runtime.layer_outputs import by_group_and_output
 from rerampile.runtime.taps import Progress, Tap, Watched
+from rerampile.weight_slots import RECURRENT
 
 __all__ = ["ChannelStatistics", "channel_statistics"]
 

@@ -206,7 +206,7 @@ def _leaking_layers(deployment: Deployment) -> dict[int, int]:
         for partition in array.partitions:
             groups.setdefault(partition.layer, set()).update(range(*partition.groups))
         for layer, held in groups.items():
-            if len(held) > 1:
+            if len(held) > 1 and not deployment.plan.layers[layer].groups_take_turns:
                 found.setdefault(layer, array.id)
     return found
 

@@ -338,8 +338,10 @@ class LayerCells:
         value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
         more = np.concatenate([extra[inside], self._changes(voted) / np.float32(3)])
         np.add.at(value, at[len(home.part) :], more)
-        pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
-        leaks = self._leaks(pair[~inside], extra[~inside])
+        leaks = None
+        if not self.plan.groups_take_turns:
+            pair = out_row * (self.plan.groups * self.plan.inputs) + away.in_group * self.plan.inputs + input_
+            leaks = self._leaks(pair[~inside], extra[~inside])
         return LayerFaults(layer=number, index=index, value=value, leaks=leaks, votes=votes)
 
     def _changes(self, stuck: StuckCells) -> Floats:

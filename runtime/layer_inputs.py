@@ -23,15 +23,14 @@ from rerampile.graph import GraphNode, ModelGraph, Tensor
 from rerampile.layer import Layer
 from rerampile.onnx_file import copy_without
 from rerampile.runtime.taps import Tap
-from rerampile.weight_slots import slot_of
+from rerampile.weight_slots import RECURRENT, slot_of
 
-__all__ = ["IN_SUBGRAPH", "RECURRENT", "InputUse", "NotObservedError", "Reader", "input_uses"]
+__all__ = ["IN_SUBGRAPH", "InputUse", "NotObservedError", "Reader", "input_uses"]
 
 Floats = npt.NDArray[np.float32]
 
 IN_SUBGRAPH = "it runs in a subgraph, whose tensors are not seen from outside"
 _CHUNK = 32 << 20  # bytes of input vectors at a time
-RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 class NotObservedError(Exception):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from rerampile.errors import FaultRunError
+from rerampile.errors import FaultRunError, InternalError
 from rerampile.layer_plan import LayerPlan
 from rerampile.onnx_file import copy_without, iter_graphs
 from rerampile.runtime.plain_model import declare_weight
@@ -119,10 +119,7 @@ def widen(model: onnx.ModelProto, layer: LayerPlan, weight: str, matrix: Floats,
                 nodes += _leaking_product(model, node, slot, layer, leak)
                 values[f"{weight}.leaks"] = _product_leaks(layer, cells)
             else:
-                raise FaultRunError(
-                    f"layer '{layer.name}': a stuck spare cell joins two of its {layer.groups} {node.op_type} "
-                    f"directions on one array, which no ONNX operator computes; use arrays too small for both"
-                )
+                raise InternalError(f"layer '{layer.name}': a leak between groups of {node.op_type}")
         del graph.node[:]
         graph.node.extend(nodes)
     for name, array in values.items():

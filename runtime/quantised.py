@@ -1,17 +1,16 @@
 """The plain model in int8: whole-numbered weights as they are, activations rounded to uint8.
 
 Cells of few levels hold whole steps. Where all differences of two cells fit into int8, weights need no rounding: the
-scale of an output divides its gain. Where there are more levels, or stuck cells lie outside their range, the scale is
-as coarse as the largest difference asks for. The ranges of activations come from calibration inputs, through ONNX
-Runtime's own quantiser, which writes QuantizeLinear and DequantizeLinear nodes that its optimiser turns into integer
-kernels.
+scale of an output divides its gain. Where slices have more values together, levels were measured, or stuck cells lie
+outside their range, weights are rounded: the scale is as coarse as the largest difference asks for. The ranges of
+activations come from calibration inputs, through ONNX Runtime's own quantiser, which writes QuantizeLinear and
+DequantizeLinear nodes that its optimiser turns into integer kernels.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -31,14 +30,13 @@ from rerampile.layer_plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
 from rerampile.runtime.plain_model import PlainModel, declare_weight
 from rerampile.runtime.processor import int8_saturates
-from rerampile.schemes import Coding
 
 __all__ = ["QuantisedModel", "quantised_model", "require_dot_products", "require_int8"]
 
 Floats = npt.NDArray[np.float32]
 Inputs = Mapping[str, npt.NDArray[Any]]
 
-_MOST_VALUES = 256  # of all slices of a cell together
+_MOST_LEVELS = 256  # of a cell: eight bits
 _OPSET = 13  # the first with a scale an output channel
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _LARGEST = 127  # magnitude of an int8 weight
@@ -114,41 +112,24 @@ def require_int8(deployment: Deployment) -> None:
     """Refuse what cannot run in int8, before any work is done.
 
     Raises:
-        ConfigError: The target's cells do not hold whole steps of at most 8 bits, or weights of one output have
-            several gains.
+        ConfigError: The target's cells have no levels, or more than 8 bits, or weights of one output have several
+            gains.
         FaultRunError: This CPU saturates int8 products.
     """
     for layer in deployment.plan.layers:
         coding, gains = layer_coding(deployment.target, layer), len(layer_segments(layer).starts)
-        if coding.integer and coding.steps < _MOST_VALUES <= coding.steps * layer.copy_count:
-            raise ConfigError(
-                f"--precision int8: the mean of {layer.copy_count} copies of {coding.steps + 1} values in layer "
-                f"'{layer.name}', expected at most {_MOST_VALUES} values; compile without --spend-spare-arrays, or use "
-                f"fp32"
-            )
         if gains > 1:
             raise ConfigError(
                 f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
                 f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
             )
-        if not coding.integer or coding.steps >= _MOST_VALUES:
-            found, remedy = _too_fine(coding)
+        if coding.levels is None or coding.levels > _MOST_LEVELS:
+            found = "analog cells" if coding.levels is None else f"cells of {coding.levels} levels"
             raise ConfigError(
-                f"--precision int8: cells of {found} in layer '{layer.name}', expected levels uniform in conductance, "
-                f"at most {_MOST_VALUES} values in all slices together; compile with {remedy}, or use fp32"
+                f"--precision int8: {found} in layer '{layer.name}', expected at most {_MOST_LEVELS} levels; compile "
+                f"with --set cell.levels={_LARGEST + 1}, or use fp32"
             )
     require_dot_products()
-
-
-def _too_fine(coding: Coding) -> tuple[str, str]:
-    """Return what cells hold that int8 cannot, and the options of ``compile`` that make it fit."""
-    if coding.levels is None:
-        return "analog conductances", f"--set cell.levels={_LARGEST + 1}"
-    if coding.level_table is not None:
-        return "measured levels", "--set 'cell.level_table=\"uniform\"'"
-    slices = int(math.log(_MOST_VALUES, coding.levels) + 1e-9)
-    remedy = f"--set slices={slices}" if slices else f"--set slices=1 --set cell.levels={_LARGEST + 1}"
-    return f"{coding.steps + 1} values", remedy
 
 
 def require_dot_products() -> None:
@@ -216,13 +197,16 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
         for failure in target.failures.values()
         for side in (-1, 1)
     ]
-    all_levels = coding.steps / (coding.g_on - coding.g_off)
-    stuck_steps = [(conductance - coding.g_off) * all_levels for conductance in ends]
-    most, least = max(coding.high, *stuck_steps), min(coding.low, *stuck_steps)
+    unit = (coding.g_on - coding.g_off) / coding.steps if coding.integer else 1.0  # of a difference, in siemens
+    zero = coding.g_off if coding.integer else 0.0
+    worths = [(conductance - zero) / unit for conductance in ends]
+    most, least = max(coding.high, *worths), min(coding.low, *worths)
     reach = max(most - coding.reference, coding.reference - least) if coding.cells == 1 else most - least
     share = _LARGEST / reach
-    step = layer.copy_count if share >= layer.copy_count else 1
-    return deployment.gain(layer).reshape(-1) / np.float32(share // step * step if share >= 1 else share)
+    if coding.integer and share >= 1:
+        step = layer.copy_count if share >= layer.copy_count else 1
+        share = share // step * step
+    return deployment.gain(layer).reshape(-1) / np.float32(share)
 
 
 def _quantise(

@@ -6,9 +6,11 @@ their own in each model, and so would the learning rate of SGD. Three things can
 
 * Weights that masks say, and those that are zero already, stay exactly zero.
 * ADMM with backpropagation (Zhang et al. 2018, the pruning of Yuan et al. 2021) for the first half of the epochs:
-  weights are drawn to the nearest sparse ones, ``rho / 2 |W - Z + U|^2``, with ``Z`` and ``U`` renewed after each
-  epoch and a growing ``rho``; then the smallest go, and the other half trains what is left. ``U`` is the multiplier
-  over ``rho``, so it shrinks as that grows (Boyd et al. 2011, section 3.4.1).
+  weights are drawn to the nearest sparse ones, ``rho / 2 |W - Z + U|^2``, with ``Z`` and ``U`` renewed again and again
+  and a growing ``rho``; then the smallest go, and the other half trains what is left. ``U`` is the multiplier over
+  ``rho``, so it shrinks as that grows (Boyd et al. 2011, section 3.4.1). The pull is a step of its own beside Adam's,
+  as decay is in AdamW (Loshchilov and Hutter 2019): Adam would divide it by the size of gradients, and no ``rho`` would
+  fit two models.
 * Random defects at every step (Kim et al. 2020): the loss is that of a chip with stuck cells, and its gradients go to
   the weights as if these had been read (:mod:`rerampile.training.stuck_weights`).
 """
@@ -30,7 +32,7 @@ from onnx import TensorProto
 from torch.nn import functional
 
 from rerampile.editable_model import EditableModel
-from rerampile.errors import ConfigError, DataError, InternalError, ModelError
+from rerampile.errors import ConfigError, DataError, ModelError
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
@@ -45,7 +47,9 @@ from rerampile.training.torch_graph import TorchGraph
 __all__ = ["Epoch", "FinetuneRequest", "Finetuned", "finetune"]
 
 _RISE = 0.1  # share of a phase in which the learning rate rises: Adam's first steps move every weight by all of it
-_RHO = (0.01, 0.1)  # pull of ADMM in its first and its last epoch
+_PULL = 5.0  # of ADMM in all: what nothing holds back ends at exp(-5) of its distance
+_GROWTH = 10.0  # of rho, from the first pull of ADMM to the last one
+_RENEWALS = 10  # of Z and U, at least
 _FORMAT = "rerampile-training"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam knows of a parameter
 _SHIFT = 8  # images are moved by up to this part of their height and width
@@ -235,13 +239,13 @@ class _Training:
                 )
             self.optimiser.zero_grad(set_to_none=False)
             loss.backward()
-            if self.admm is not None and alternating:
-                self.admm.pull(self.parameters, number)
             self.optimiser.step()
-            self._zero()
             total += found * len(labels)
             right += int((logits.argmax(1) == labels).sum())
-            done += len(labels)
+            before, done = done, done + len(labels)
+            if self.admm is not None and alternating:
+                self.admm.pull(self.parameters, number + before / self._images, number + done / self._images)
+            self._zero()
             if progress is not None:
                 progress(number, request.epochs, int(done), self._images, total / done)
         for name, parameter in self.parameters.items():
@@ -249,7 +253,7 @@ class _Training:
                 raise ConfigError(f"'{name}' is not finite after epoch {number + 1}; use a smaller --learning-rate")
         distance = None
         if self.admm is not None and alternating:
-            distance = self.admm.renew(self.parameters, number)
+            distance = self.admm.distance(self.parameters)
             if number == self.admm.epochs - 1:
                 self.kept.update(self.admm.supports(self.parameters, self.kept))
                 self._zero()
@@ -336,30 +340,31 @@ class _Admm:
         found = Sparsity(self._ratios[name]).project(flat, np.ones((1, flat.size), np.float32))
         return torch.from_numpy(found.astype(np.float32).reshape(weights.shape))
 
-    def pull(self, parameters: Mapping[str, torch.Tensor], number: int) -> None:
-        """Add the gradient of ``rho / 2 |W - Z + U|^2``."""
-        rho = self._rho(number)
-        for name, sparse in self.sparse.items():
-            parameter = parameters[name]
-            if parameter.grad is None:
-                raise InternalError(f"'{name}' has no gradient")
-            parameter.grad.add_(parameter.detach() - sparse + self.duals[name], alpha=rho)
+    def pull(self, parameters: Mapping[str, torch.Tensor], begin: float, end: float) -> None:
+        """Draw weights to ``Z - U`` as much as a part of the epochs asks for, and renew both where it is time."""
+        renewals = max(_RENEWALS, self.epochs)
+        first, last = (math.floor(renewals * epoch / self.epochs + 1e-9) for epoch in (begin, end))
+        growth = _GROWTH ** (1 / (renewals - 1))
+        rho = _PULL * growth**first * (growth - 1) / (growth**renewals - 1)  # of all renewals together: _PULL
+        share = -math.expm1(-rho * renewals * (end - begin) / self.epochs)
+        with torch.no_grad():
+            for name, sparse in self.sparse.items():
+                parameters[name].lerp_(sparse - self.duals[name], share)
+        if last > first:
+            self._renew(parameters, growth ** (last - first))
 
-    def _rho(self, number: int) -> float:
-        """Return the pull of an epoch; it grows geometrically."""
-        return float(_RHO[0] * (_RHO[1] / _RHO[0]) ** (number / max(1, self.epochs - 1)))
-
-    def renew(self, parameters: Mapping[str, torch.Tensor], number: int) -> float:
-        """Renew Z and U after an epoch; return how far the weights are from sparse ones (:class:`Epoch`)."""
-        growth = self._rho(number + 1) / self._rho(number)
-        far = length = 0.0
+    def _renew(self, parameters: Mapping[str, torch.Tensor], growth: float) -> None:
+        """Renew Z and U when rho grows."""
         for name, duals in self.duals.items():
-            weights = parameters[name].detach()
-            sparse = self._nearest(name, weights + duals)
-            self.sparse[name] = sparse
-            self.duals[name] = (duals + weights - sparse) / growth
-            far += float(torch.sum((weights - self._nearest(name, weights)) ** 2))
-            length += float(torch.sum(weights**2))
+            far = parameters[name].detach() + duals
+            self.sparse[name] = self._nearest(name, far)
+            self.duals[name] = (far - self.sparse[name]) / growth
+
+    def distance(self, parameters: Mapping[str, torch.Tensor]) -> float:
+        """Return how far the weights are from sparse ones (:class:`Epoch`)."""
+        weights = {name: parameters[name].detach() for name in self.sparse}
+        far = sum(float(torch.sum((w - self._nearest(name, w)) ** 2)) for name, w in weights.items())
+        length = sum(float(torch.sum(w**2)) for w in weights.values())
         return math.sqrt(far / length) if length else 0.0
 
     def supports(
