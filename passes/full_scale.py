@@ -38,8 +38,8 @@ Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 
 _SAMPLES = 2001  # values of a weight at which the closed form of its scheme is read
-_PAIRS = 1 << 22  # pairs of weights handled at a time
-_BLOCK = 256  # weights of an output handled at a time
+_PAIRS = 1 << 18  # of weights handled at a time: where they are and what is read there stays in the cache
+_BLOCK = 64  # weights of an output handled at a time
 _TURNS = 2  # of each segment: a third changes next to nothing
 
 
@@ -315,7 +315,7 @@ def _clipping(ordered: _Sorted, moment: Doubles, order: Integers, floor: Doubles
     Returns:
         Coefficients of 1, s, s^2, float64 [outputs, inputs, 3]; without the pairs of weights below the floor.
     """
-    size = ordered.size
+    size, flat = ordered.size, moment.reshape(-1)
     sums = np.zeros((*size.shape, 2))
     depth = max(1, int((size >= floor[:, None]).sum(axis=1).max()))
     step = max(1, _PAIRS // (min(depth, _BLOCK) * depth))
@@ -325,7 +325,8 @@ def _clipping(ordered: _Sorted, moment: Doubles, order: Integers, floor: Doubles
         errors = np.stack([sign, sign * size[rows, :depth]], axis=2)
         for first in range(0, depth, _BLOCK):
             last = min(first + _BLOCK, depth)
-            pairs = moment[index[:, first:last, None], index[:, None, :last]]
+            where = index[:, first:last, None] * len(moment) + index[:, None, :last]
+            pairs = flat.take(where, mode="clip")  # all are inside; asking so takes half as long as "raise"
             pairs[:, :, first:] = np.tril(pairs[:, :, first:], -1)
             sums[rows, first:last] = sign[:, first:last, None] * (pairs @ errors[:, :last])
     total, weighted = np.moveaxis(sums, 2, 0)
