@@ -1,8 +1,8 @@
 """How much memory a process takes for simulated chips, beyond the libraries: for a moment, and with chips.
 
 Each way runs in a process of its own, which first runs a small deployment the same way, so that libraries are loaded.
-A worker is handed the layout of the weights, as `rerampile validate --jobs` does; the process that starts the workers
-finds it (`fast`). Linux only.
+A worker is handed the layout of the weights, or the model in int8, as `rerampile validate --jobs` does; the process
+that starts the workers finds them (`fast`, `int8`). Linux only.
 
 Example:
     python benchmarks/memory.py
@@ -31,11 +31,12 @@ from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-WAYS = ("worker", "fast", "slow", "int8")
+WAYS = ("worker", "int8-worker", "fast", "slow", "int8")
 BATCH = 32
 ALIVE = 4  # activations at once: what a residual block reads, holds and writes, and a kernel's workspace
 LARGEST = 4 * BATCH * 64 * 32 * 32  # bytes of the largest activation of ResNet18 for CIFAR
 MIB = 1 << 20
+IMAGES = {"input": np.zeros((BATCH, 3, 32, 32), np.float32)}
 
 
 def anonymous() -> int:
@@ -66,10 +67,15 @@ class Peak:
 
 def open_way(way: str, deployment: Deployment, images: dict[str, np.ndarray], layout: Any) -> Executor:
     """Open a deployment in one of the ways."""
-    if way == "int8":
-        return open_executor(deployment, precision="int8", calibration=[images], threads=2)
+    if way.startswith("int8"):
+        return open_executor(deployment, precision="int8", calibration=[images], layout=layout, threads=2)
     method: Any = "slow" if way == "slow" else "fast"
     return open_executor(deployment, method=method, layout=layout, threads=2)
+
+
+def layout_of(way: str, folder: Path) -> Any:
+    """Return what workers are handed."""
+    return open_way(way, load_deployment(folder), IMAGES, None).layout
 
 
 def run_chips(executor: Executor, deployment: Deployment, images: dict[str, np.ndarray], chips: int) -> None:
@@ -84,15 +90,14 @@ def run_chips(executor: Executor, deployment: Deployment, images: dict[str, np.n
 
 def measure(way: str, small: Path, large: Path, layouts: Sequence[Any]) -> tuple[int, int]:
     """Return the bytes that one way takes while it is opened, and with chips."""
-    images = {"input": np.zeros((BATCH, 3, 32, 32), np.float32)}
     warm = load_deployment(small)
-    run_chips(open_way(way, warm, images, layouts[0]), warm, images, 1)
+    run_chips(open_way(way, warm, IMAGES, layouts[0]), warm, IMAGES, 1)
     before = anonymous()
     deployment = load_deployment(large)
     with Peak() as opening:
-        executor = open_way(way, deployment, images, layouts[1])
+        executor = open_way(way, deployment, IMAGES, layouts[1])
     with Peak() as running:
-        run_chips(executor, deployment, images, 3)
+        run_chips(executor, deployment, IMAGES, 3)
     return opening.bytes - before, running.bytes - before
 
 
@@ -115,10 +120,11 @@ def main() -> None:
         limit = 2 * 4 * load_deployment(folder / "fp32-64").plan.totals.weights + ALIVE * LARGEST
         print(f"two copies of the weights and the activations: {limit / MIB:.0f} MiB")
         for way in options.ways:
-            kind = "int8" if way == "int8" else "fp32"
+            kind = "int8" if way.startswith("int8") else "fp32"
             folders = [folder / f"{kind}-{width}" for width in (4, 64)]
-            layouts = [open_executor(load_deployment(f)).layout if way == "worker" else None for f in folders]
+            finder = kind.replace("fp32", "fast")
             try:
+                layouts = [layout_of(finder, f) if way.endswith("worker") else None for f in folders]
                 opening, running = pool.apply(measure, (way, *folders, layouts))
             except FaultRunError as error:  # int8, where the processor has no exact products
                 print(f"{way}: {error}")

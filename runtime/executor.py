@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ from rerampile.runtime.blocked_weights import (
 )
 from rerampile.runtime.leaks import widen
 from rerampile.runtime.plain_model import PlainModel, plain_model, weight_options
-from rerampile.runtime.quantised import quantised_model
+from rerampile.runtime.quantised import QuantisedModel, quantised_model
 from rerampile.runtime.session import open_session, release_memory, run
 from rerampile.runtime.votes import add_votes
 from rerampile.runtime.weight_buffers import WeightBuffers
@@ -38,12 +38,15 @@ from rerampile.slice_copies import protected_outputs
 if TYPE_CHECKING:
     from rerampile.runtime.inject import LayerFaults, Leaks, Votes
 
-__all__ = ["Executor", "Fidelity", "Inputs", "Method", "Outputs", "Precision", "open_executor"]
+__all__ = ["Executor", "Fidelity", "Inputs", "Layout", "Method", "Outputs", "Precision", "open_executor"]
 
 Inputs = Mapping[str, npt.NDArray[Any]]
 Outputs = list[npt.NDArray[Any]]
 Method = Literal["auto", "fast", "slow"]
 Precision = Literal["fp32", "int8"]
+
+Layout = BlockedModel | QuantisedModel
+"""What opening a deployed model finds out: where its weights lie in the optimised graph, or the model in int8."""
 
 _CPU = "CPUExecutionProvider"
 _INT8_REASON = "int8 kernels want weights that stay packed"
@@ -68,13 +71,13 @@ class Executor(Protocol):
     Attributes:
         method: ``fast`` or ``slow``.
         reason: Why this one, in words.
-        layout: Of the fast way: where the weights lie, for other processes of this machine.
+        layout: What other processes of this machine need not find out again; None where there is no such thing.
         fidelity: Of int8; None in fp32.
     """
 
     method: str
     reason: str
-    layout: BlockedModel | None
+    layout: Layout | None
     fidelity: Fidelity | None
 
     def run(self, inputs: Inputs) -> Outputs:
@@ -102,7 +105,7 @@ def open_executor(
     method: Method = "auto",
     threads: int | None = None,
     calibration: Sequence[Inputs] = (),
-    layout: BlockedModel | None = None,
+    layout: Layout | None = None,
 ) -> Executor:
     """Open a deployed model.
 
@@ -113,9 +116,9 @@ def open_executor(
         provider: Execution provider of ONNX Runtime.
         method: ``fast`` and ``slow`` insist; ``auto`` takes the fast way where it applies.
         threads: Threads inside an operator, or None for ONNX Runtime's choice.
-        calibration: Inputs from which int8 learns the ranges of activations.
-        layout: Of an executor of the same deployment on this machine, where there is one: finding it takes time, and
-            for a moment four times the memory of the weights.
+        calibration: Inputs from which int8 learns the ranges of activations; not needed with a layout.
+        layout: Of an executor of the same deployment and precision on this machine, where there is one: finding it
+            takes time, and for a moment four times the memory of the weights.
 
     Raises:
         ConfigError: The precision, the provider or the fast way does not exist here.
@@ -128,7 +131,8 @@ def open_executor(
         )
     plain = plain_model(deployment)
     if precision == "int8":
-        return _open_int8(deployment, plain, provider, method, threads, calibration)
+        ready = layout if isinstance(layout, QuantisedModel) else None
+        return _open_int8(deployment, plain, provider, method, threads, calibration, ready)
     if precision != "fp32":
         raise ConfigError(f"--precision {precision}: expected fp32 or int8")
     if method == "slow":
@@ -141,7 +145,8 @@ def open_executor(
             raise NotApplicableError(f"weights are laid out for the CPU, not for {provider}")
         if method == "auto":
             _prefer_fast(deployment)
-        return _FastExecutor(deployment, layout or blocked_model(deployment, plain), threads)
+        blocked = layout if isinstance(layout, BlockedModel) else blocked_model(deployment, plain)
+        return _FastExecutor(deployment, blocked, threads)
     except NotApplicableError as error:
         if method == "fast":
             raise ConfigError(f"{deployment.folder}: the fast way does not apply: {error}; use the slow one") from error
@@ -155,10 +160,13 @@ def _open_int8(
     method: Method,
     threads: int | None,
     calibration: Sequence[Inputs],
+    ready: QuantisedModel | None,
 ) -> Executor:
-    """Open a deployed model in int8, and measure on the calibration inputs how far it is from fp32."""
+    """Open a deployed model in int8; one that is not ready yet is quantised, and compared with fp32 on the inputs."""
     if method == "fast" or provider != _CPU:
         raise ConfigError(f"--precision int8: runs the slow way on {_CPU} alone, not {method} on {provider}; use fp32")
+    if ready is not None:
+        return _SlowExecutor(deployment, ready.plain, provider, threads, _INT8_REASON, ready)
     if not calibration:
         raise ConfigError("--precision int8: no calibration inputs, expected at least one batch of real data")
     voted = {number for number, flags in enumerate(protected_outputs(deployment.plan)) if flags.any()}
@@ -166,7 +174,7 @@ def _open_int8(
     exact = _SlowExecutor(deployment, plain, provider, threads, "asked for")
     expected = [exact.run(inputs) for inputs in calibration]
     del exact
-    executor = _SlowExecutor(deployment, quantised.plain, provider, threads, _INT8_REASON, quantised.scales)
+    executor = _SlowExecutor(deployment, quantised.plain, provider, threads, _INT8_REASON, quantised)
     found = [executor.run(inputs) for inputs in calibration]
     executor.fidelity = Fidelity(layers=len(quantised.scales), rms=_relative_error(found, expected))
     return executor
@@ -215,7 +223,7 @@ class _PatchedExecutor:
     """What both ways share: weights in buffers of their own, patched and restored."""
 
     method: str
-    layout: BlockedModel | None = None
+    layout: Layout | None = None
     fidelity: Fidelity | None = None
 
     def __init__(self, deployment: Deployment, buffers: WeightBuffers, reason: str) -> None:
@@ -281,11 +289,15 @@ class _SlowExecutor(_PatchedExecutor):
         provider: str,
         threads: int | None,
         reason: str,
-        int8_scales: Mapping[int, npt.NDArray[np.float32]] | None = None,
+        quantised: QuantisedModel | None = None,
     ) -> None:
-        super().__init__(deployment, plain_buffers(deployment, plain, int8_scales), reason)
-        all_int8 = int8_scales is not None and len(int8_scales) == len(plain.weights)  # so that no layer leaks
-        self._plain = (optimised_once(deployment, plain, self._buffers.arrays) if all_int8 else None) or plain
+        scales = None if quantised is None else quantised.scales
+        super().__init__(deployment, plain_buffers(deployment, plain, scales), reason)
+        self._plain = plain
+        if quantised is not None:
+            if len(quantised.scales) == len(plain.weights) and not plain.optimised:  # all are int8, so no layer leaks
+                self._plain = optimised_once(deployment, plain, self._buffers.arrays) or plain
+            self.layout = replace(quantised, plain=self._plain)
         self._providers = [provider] if provider == _CPU else [provider, _CPU]
         self._threads = threads
         self._leaks: list[tuple[int, Leaks]] = []

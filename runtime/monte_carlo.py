@@ -19,7 +19,6 @@ from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError
 from rerampile.files import CONDUCTANCES, DEPLOYED
 from rerampile.onnx_file import file_sha256
-from rerampile.runtime.blocked_weights import BlockedModel
 from rerampile.runtime.copy_places import refuse_weight_rates
 from rerampile.runtime.data import (
     Dataset,
@@ -31,7 +30,7 @@ from rerampile.runtime.data import (
 )
 from rerampile.runtime.dataset import spread
 from rerampile.runtime.detection import DetectionOptions
-from rerampile.runtime.executor import Executor, Inputs, Precision, open_executor
+from rerampile.runtime.executor import Executor, Inputs, Layout, Precision, open_executor
 from rerampile.runtime.fault_map import ChipGeometry, FaultMap, placement_digest, read_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.inject import Injector, LayerFaults
@@ -156,12 +155,12 @@ class Learned:
     Attributes:
         metric: The metric, with what it learned from the fault-free model.
         clean: The fault-free score on all images.
-        layout: Where the weights lie in the optimised graph; None where it is not used.
+        layout: Of the executor; None where it has none.
     """
 
     metric: Metric
     clean: MetricResult
-    layout: BlockedModel | None
+    layout: Layout | None
 
 
 class Bench:
@@ -186,7 +185,7 @@ class Bench:
         self.geometry = ChipGeometry.of(self.deployment)
         session = open_declared(self.deployment.model_path)
         self.data = self._open_data(experiment.data, session)
-        self.calibration = self._open_calibration(session)
+        self.calibration = self._open_calibration(session) if learned is None or learned.layout is None else None
         self.executor = self._open_executor(experiment.precision, None if learned is None else learned.layout)
         self.metric = (
             open_metric(experiment.metric, self.data, session, experiment.detection)
@@ -266,7 +265,7 @@ class Bench:
             raise type(error)(f"--calibration {spec}: {str(error).removeprefix('--data: ')}{more}") from error
 
     def _open_executor(
-        self, precision: Precision, layout: BlockedModel | None = None, deployment: Deployment | None = None
+        self, precision: Precision, layout: Layout | None = None, deployment: Deployment | None = None
     ) -> Executor:
         inputs = self.calibration.inputs if precision == "int8" and self.calibration is not None else ()
         return open_executor(

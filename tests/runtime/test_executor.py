@@ -413,6 +413,9 @@ def test_int8_beside_fp32(levels: int | tuple[float, ...], slices: int, mapping:
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 0.05
     int8.restore()
     assert int8.run(CALIBRATION[0])[0].tobytes() == clean.tobytes()
+    handed = open_executor(deployment, precision="int8", layout=int8.layout)  # to another process, say
+    handed.apply(chip)
+    assert handed.run(CALIBRATION[0])[0].tobytes() == found.tobytes()
 
 
 @pytest.mark.usefixtures("_exact_int8")

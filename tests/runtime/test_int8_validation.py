@@ -204,31 +204,20 @@ def test_wrong_calibration_is_one_line(
 
 
 @pytest.mark.usefixtures("_exact_int8")
-@pytest.mark.parametrize(
-    ("changes", "found", "remedy"),
-    [
-        ({}, "analog conductances", ["cell.levels=128"]),
-        ({"cell.levels": 512}, "512 values", ["slices=1", "cell.levels=128"]),
-        ({"cell.levels": 4, "slices": 8}, "65536 values", ["slices=4"]),
-        (
-            {"cell.levels": 2, "cell.level_table": (1e-6, 100e-6)},
-            "measured levels",
-            ['cell.level_table="uniform"'],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("changes", "found"), [({}, "analog cells"), ({"cell.levels": 512}, "cells of 512 levels")])
 def test_cells_that_do_not_fit_say_what_would(
-    model: onnx.ModelProto, tmp_path: Path, changes: dict[str, object], found: str, remedy: list[str]
+    model: onnx.ModelProto, tmp_path: Path, changes: dict[str, object], found: str
 ) -> None:
     """The refusal comes before calibration data are read, and what it advises runs."""
     onnx.save(model, tmp_path / "m.onnx")
     compile_model(model, out=tmp_path / "out", target=Target.load("paper", changes))
     data = ("--calibration", "cifar10:nowhere", "--precision", "int8")
     line = run(tmp_path / "out", *data, "-o", tmp_path / "v", code=1).stderr
-    assert f"--precision int8: cells of {found} in layer 'conv_weight', expected levels uniform" in line
-    assert f"compile with {' '.join(_quoted(word) for word in remedy)}, or use fp32" in line
+    remedy = "cell.levels=128"
+    assert f"--precision int8: {found} in layer 'conv_weight', expected at most 256 levels; compile with --set" in line
+    assert f"{remedy}, or use fp32" in line
 
-    given = [f"{key}={_toml(value)}" for key, value in changes.items()] + remedy
+    given = [f"{key}={value}" for key, value in changes.items()] + [remedy]
     arguments = [part for word in given for part in ("--set", word)]
     done = CliRunner().invoke(main, ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "new"), *arguments])
     assert done.exit_code == 0, done.output
@@ -253,11 +242,3 @@ def test_one_gain_an_output_is_enough(model: onnx.ModelProto, tmp_path: Path) ->
     target = Target.load("paper", {"cell.levels": 16, "rows": 512})
     compile_model(model, out=tmp_path / "out", target=target, scale="partition")
     run(tmp_path / "out", "--precision", "int8", "--images", 8, "--runs", 1, "-o", tmp_path / "v", "-q")
-
-
-def _quoted(word: str) -> str:
-    return f"--set '{word}'" if '"' in word else f"--set {word}"
-
-
-def _toml(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
