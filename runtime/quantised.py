@@ -24,7 +24,7 @@ import onnx
 import onnx.external_data_helper
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from rerampile.deployment import Deployment, layer_coding, layer_segments
+from rerampile.deployment import Deployment, layer_coding
 from rerampile.errors import ConfigError, FaultRunError
 from rerampile.layer_plan import LayerPlan
 from rerampile.runtime.blocked_weights import plain_buffers
@@ -112,17 +112,11 @@ def require_int8(deployment: Deployment) -> None:
     """Refuse what cannot run in int8, before any work is done.
 
     Raises:
-        ConfigError: The target's cells have no levels, or more than 8 bits, or weights of one output have several
-            gains.
+        ConfigError: The target's cells have no levels, or more than 8 bits.
         FaultRunError: This CPU saturates int8 products.
     """
     for layer in deployment.plan.layers:
-        coding, gains = layer_coding(deployment.target, layer), len(layer_segments(layer).starts)
-        if gains > 1:
-            raise ConfigError(
-                f"--precision int8: layer '{layer.name}' has {gains} gains for each output, one a partition, expected "
-                f"one, which is all that int8 kernels know; compile with --scale channel, or use fp32"
-            )
+        coding = layer_coding(deployment.target, layer)
         if coding.levels is None or coding.levels > _MOST_LEVELS:
             found = "analog cells" if coding.levels is None else f"cells of {coding.levels} levels"
             raise ConfigError(
@@ -187,6 +181,7 @@ def _axis(layer: LayerPlan, node: NodeProto) -> int | None:
 def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     """Return the scale of each row: its gain over a whole number, so that weights are exact, where int8 has the room.
 
+    Of several gains, one for each partition, the largest counts: weights behind the others are rounded.
     Room that is left makes the scale finer, which brings conductances of stuck cells between two levels closer. Means
     of copies lie between two levels, too: the whole number is a multiple of how many there are where int8 has the room.
     """
@@ -206,7 +201,8 @@ def _scale(deployment: Deployment, layer: LayerPlan) -> Floats:
     if coding.integer and share >= 1:
         step = layer.copy_count if share >= layer.copy_count else 1
         share = share // step * step
-    return deployment.gain(layer).reshape(-1) / np.float32(share)
+    largest: Floats = deployment.gain(layer).reshape(layer.groups * layer.outputs, -1).max(axis=1)
+    return largest / np.float32(share)
 
 
 def _quantise(
