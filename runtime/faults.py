@@ -161,15 +161,15 @@ class _Draw:
 
     def states(self, items: Integers, high: Flags) -> States:
         """Return the state of each of some items, by the end that it failed at and a number of its own."""
-        found = np.empty(len(items), np.uint8)
-        for at, names in ((~high, _LOW_END), (high, _HIGH_END)):
-            there = [name for name in names if getattr(self.model, name)] or [names[0]]
-            state = np.array([STATES[name] for name in there], np.uint8)
-            if len(there) == 1:
-                found[at] = state
-                continue
-            reach = np.cumsum([getattr(self.model, name) for name in there])
-            found[at] = state[np.searchsorted(reach[:-1] / reach[-1], self.at(_STATE, items[at]), "right")]
+        low_names, high_names = (
+            [name for name in names if getattr(self.model, name)] or [names[0]] for names in (_LOW_END, _HIGH_END)
+        )
+        found = np.where(high, np.uint8(STATES[high_names[0]]), np.uint8(STATES[low_names[0]]))
+        for names, at_end in ((low_names, ~high), (high_names, high)):
+            if len(names) > 1:
+                at, state = np.flatnonzero(at_end), np.array([STATES[name] for name in names], np.uint8)
+                reach = np.cumsum([getattr(self.model, name) for name in names])
+                found[at] = state[np.searchsorted(reach[:-1] / reach[-1], self.at(_STATE, items[at]), "right")]
         return found
 
     def events(self, purpose: int, probability: float, size: int) -> tuple[Integers, States, Floats]:
@@ -218,10 +218,12 @@ def _independent(draw: _Draw) -> tuple[Integers, States]:
     most = float(rates.max(initial=0.0))
     area = geometry.rows * geometry.columns
     items, u = draw.field(_WEIGHT if by_weight else _CELL).tails(most * low, most * high, len(places) * area)
-    own = rates[items // area]
-    is_high = u >= 1 - own * high
-    hit = np.flatnonzero(is_high | (u < own * low))
-    items, state = items[hit], draw.states(items[hit], is_high[hit])
+    own: Any = most
+    if rates.min(initial=most) < most:
+        own = rates[items // area]
+        hit = np.flatnonzero((u >= 1 - own * high) | (u < own * low))
+        items, u, own = items[hit], u[hit], own[hit]
+    state = draw.states(items, u >= 1 - own * high)
     return _cells_of_weights(draw, places, items, state) if by_weight else (items, state)
 
 
