@@ -85,6 +85,7 @@ class Line:
     """What an option came to, by failure rate; it ends where it had lost too much."""
 
     option: Option
+    metric: str
     found: dict[float, MetricReport]
 
     @property
@@ -109,16 +110,16 @@ def measure(options: argparse.Namespace) -> list[Line]:
     for option in [option for option in OPTIONS if option.name in options.lines]:
         found: dict[float, MetricReport] = {}
         for rate in rates_of(options):
-            found[rate] = run(option, rate, images, options)
+            metric, found[rate] = run(option, rate, images, options)
             print(f"{option.name} {rate:g}: {found[rate].mean:.2f}, drop {found[rate].drop:.2f}", flush=True)
             if found[rate].drop > options.give_up:
                 break
-        lines.append(Line(option, found))
+        lines.append(Line(option, metric, found))
     return lines
 
 
-def run(option: Option, rate: float, images: Dataset, options: argparse.Namespace) -> MetricReport:
-    """Run the chips of an option at a rate."""
+def run(option: Option, rate: float, images: Dataset, options: argparse.Namespace) -> tuple[str, MetricReport]:
+    """Run the chips of an option at a rate; return the metric's name, and what it came to."""
     name = option.name.replace(" --", "-").replace(" ", "-")
     faults = FaultModel.of_rate(rate)
     folder = options.work / f"{name}.deployment"
@@ -137,7 +138,7 @@ def run(option: Option, rate: float, images: Dataset, options: argparse.Namespac
             calibration_images=options.calibration_images,
         )
     report = run_chips(folder, options, [faults], name=f"{name}-{rate:g}", batch=options.batch)
-    return next(iter(report.rates[0].metrics.values()))
+    return next(iter(report.rates[0].metrics.items()))
 
 
 def needed(options: argparse.Namespace) -> int:
@@ -154,8 +155,8 @@ def page(lines: list[Line], options: argparse.Namespace) -> str:
     text = [
         f"# {options.title}",
         "",
-        f"Mean accuracy of {options.runs} simulated chips for each failure rate of a cell (stuck off : stuck on = 1 :",
-        "5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all options,",
+        f"Mean {lines[0].metric} of {options.runs} simulated chips for each failure rate of a cell (stuck off : stuck on",
+        "= 1 : 5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all options,",
         f"{seen}; {first.clean:.2f} % without faults. `optimal`, `auto`, `--clip` and `--correct`",
         f"are chosen for each rate; the latter two from {options.calibration_images} training images. Nothing is known",
         "of a chip. `--spend-spare-arrays` has a target of twice the arrays that the model needs. Where an option had",
