@@ -155,9 +155,9 @@ def page(lines: list[Line], options: argparse.Namespace) -> str:
     text = [
         f"# {options.title}",
         "",
-        f"Mean {lines[0].metric} of {options.runs} simulated chips for each failure rate of a cell (stuck off : stuck on",
-        "= 1 : 5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all options,",
-        f"{seen}; {first.clean:.2f} % without faults. `optimal`, `auto`, `--clip` and `--correct`",
+        f"Mean {lines[0].metric} of {options.runs} simulated chips for each failure rate of a cell (stuck off : stuck",
+        "on = 1 : 5.2), percent, with its 95 % interval, and the worst chip in brackets; the same chips for all",
+        f"options, {seen}; {first.clean:.2f} % without faults. `optimal`, `auto`, `--clip` and `--correct`",
         f"are chosen for each rate; the latter two from {options.calibration_images} training images. Nothing is known",
         "of a chip. `--spend-spare-arrays` has a target of twice the arrays that the model needs. Where an option had",
         f"lost more than {options.give_up:g} points, higher rates were not run.",
