@@ -12,10 +12,9 @@ Example:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from chips import rates_of, run_chips, tolerated
-from tables import accuracy, command, shown_model, table, write_comparison
+from tables import accuracy, command, page_parser, page_words, table, write_comparison
 
 from rerampile import compile_model
 from rerampile.runtime.comparison import ComparisonReport, compare
@@ -98,25 +97,19 @@ def in_fp32(report: ValidationReport, metric: str) -> str:
 
 def repeat(options: argparse.Namespace) -> list[str]:
     """Return the arguments that repeat a measurement."""
-    words = [shown_model(options.model), "--data", options.shown_data]
-    words += ["--name", options.name, "--title", options.title]
+    words = page_words(options)
     words += ["--failure-rate", options.failure_rate, "--runs", str(options.runs)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
     words += [] if options.batch == BATCH else ["--batch", str(options.batch)]
     words += [] if options.target == TARGET else ["--target", options.target]
-    words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
-    return words + ([] if options.note is None else ["--note", options.note])
+    return words + (
+        [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
+    )
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """Return what reads the arguments of a measurement of chips."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
-    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
-    parser.add_argument("--name", required=True, help="of the page")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--note", help="what readers should know of the data")
+    parser = page_parser(description)
     parser.add_argument("--target", default=TARGET)
     parser.add_argument("--failure-rate", default="0.001,0.005,0.01")
     parser.add_argument("--runs", type=int, default=100)
@@ -124,7 +117,6 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=BATCH, help="images run at once; of no consequence")
     parser.add_argument("--levels", type=int, help="of a cell, for cells that are not analog")
     parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32")
-    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
     return parser
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from chips import finish_rates, known_cells, rates_of, run_chips
-from tables import HERE, accuracy, command, shown_model, table
+from tables import HERE, accuracy, command, page_parser, page_words, table
 
 from rerampile import compile_model
 from rerampile.deployment import load_deployment
@@ -207,36 +206,24 @@ def picture(lines: list[Line]) -> Callable[[Any], None]:
 
 def repeat(options: argparse.Namespace) -> list[str]:
     """Return the arguments that repeat a measurement."""
-    words = [shown_model(options.model), "--data", options.shown_data or options.data]
-    if options.calibration is not None:
-        words += ["--calibration", options.shown_calibration or options.calibration]
-    words += ["--name", options.name, "--title", options.title, "--failure-rate", options.failure_rate]
+    words = [*page_words(options), "--failure-rate", options.failure_rate]
     words += ["--runs", str(options.runs), "--calibration-images", str(options.calibration_images)]
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
     if len(options.lines) < len(OPTIONS):
         words += ["--lines", "; ".join(option.name for option in OPTIONS if option.name in options.lines)]
-    return words + ([] if options.note is None else ["--note", options.note])
+    return words
 
 
 def main() -> None:
     """Measure, and write the page, its picture and its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
-    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
-    parser.add_argument("--calibration", help="what --clip and --correct learn from; the data, @train")
-    parser.add_argument("--shown-calibration", help="how the page names that")
+    parser = page_parser(__doc__, calibration="--clip and --correct")
     parser.add_argument("--calibration-images", type=int, default=256)
-    parser.add_argument("--name", required=True, help="of the page")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--note", help="what readers should know of the data")
     parser.add_argument("--failure-rate", default="0.0005,0.001,0.005,0.01,0.02,0.04")
     parser.add_argument("--lines", default="; ".join(o.name for o in OPTIONS), help="the ones to measure")
     parser.add_argument("--give-up", type=float, default=20.0, help="drop in points above which higher rates are left")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
     parser.add_argument("--batch", type=int, default=32, help="images run at once; of no consequence")
-    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where deployments and chips are kept")
     options = parser.parse_args()
     options.lines = {OPTIONS[0].name} | {line.strip() for line in options.lines.split(";")}
     if not options.lines <= {option.name for option in OPTIONS}:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import HERE, command, shown_model, table
+from tables import HERE, command, page_parser, page_words, table
 
 from rerampile import Deployment, compile_model
 from rerampile.chip_calibration import Calibration, calibrate
@@ -225,7 +225,7 @@ def predicted(chips: list[dict[str, Any]]) -> str:
 
 def repeat(options: argparse.Namespace) -> list[str]:
     """Return the arguments that repeat a measurement."""
-    words = [shown_model(options.model), "--data", options.shown_data, "--name", options.name, "--title", options.title]
+    words = page_words(options)
     words += ["--failure-rate", ",".join(f"{rate:g}" for rate in options.rates), "--runs", str(options.runs)]
     words += [] if options.images is None else ["--images", str(options.images)]
     words += [] if options.lines == list(VARIANTS) else ["--lines", "; ".join(options.lines[1:])]
@@ -234,12 +234,7 @@ def repeat(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure, and write the page and its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True, help="as of 'rerampile validate'")
-    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
-    parser.add_argument("--name", required=True, help="of the page")
-    parser.add_argument("--title", required=True)
+    parser = page_parser(__doc__)
     parser.add_argument("--mapping", default="differential")
     parser.add_argument("--failure-rate", default="0.02,0.108")
     parser.add_argument("--lines", default="; ".join(VARIANTS), help="the ones to measure, beside 'as compiled'")
@@ -247,7 +242,6 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("results.work"), help="where chips and figures are kept")
     options = parser.parse_args()
     options.shown_data = options.shown_data or options.data
     chosen = {line.strip() for line in options.lines.split(";")} | {next(iter(VARIANTS))}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import shown_model
+from tables import page_parser, page_words
 
 from rerampile import compile_model
 from rerampile.graph import ModelGraph
@@ -116,20 +116,9 @@ class PrunedModels:
 
 def parser_of(description: str | None, *, ratios: str) -> argparse.ArgumentParser:
     """Return a parser of what all pages about pruning are made from."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True, help="what accuracy is measured on, as of 'rerampile validate'")
-    parser.add_argument("--shown-data", help="how the page names the data, where they lie elsewhere for others")
-    parser.add_argument("--calibration", help="what pruning learns from; the data, @train")
-    parser.add_argument("--shown-calibration", help="how the page names that")
+    parser = page_parser(description, calibration="pruning methods")
     parser.add_argument("--images", type=int, default=512, help="of the calibration")
     parser.add_argument("--ratios", default=ratios)
-    parser.add_argument("--name", required=True, help="of the page")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--note", help="what readers should know")
-    parser.add_argument(
-        "--work", type=Path, default=Path("results.work"), help="where models and chips are kept; pages may share it"
-    )
     return parser
 
 
@@ -144,9 +133,4 @@ def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], 
 
 def repeat(options: argparse.Namespace) -> list[str]:
     """Return the arguments that repeat a page, but for those that it alone has."""
-    words = [shown_model(options.model), "--data", options.shown_data or options.data]
-    if options.calibration is not None:
-        words += ["--calibration", options.shown_calibration or options.calibration]
-    words += ["--name", options.name, "--title", options.title]
-    words += ["--images", str(options.images), "--ratios", options.ratios]
-    return words + ([] if options.note is None else ["--note", options.note])
+    return [*page_words(options), "--images", str(options.images), "--ratios", options.ratios]
