@@ -102,9 +102,8 @@ def repeat(options: argparse.Namespace) -> list[str]:
     words += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
     words += [] if options.batch == BATCH else ["--batch", str(options.batch)]
     words += [] if options.target == TARGET else ["--target", options.target]
-    return words + (
-        [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
-    )
+    words += [] if options.levels is None else ["--levels", str(options.levels), "--precision", options.precision]
+    return words
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

@@ -174,6 +174,7 @@ def page(figures: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"worst chip in brackets; {images}, mapping `{options.mapping}`. Lines with `repair` or `bias` learn from",
         f"{options.calibration_images} training images without their labels; the others know nothing of inputs.",
         "",
+        *([] if options.note is None else [options.note, ""]),
         *table(heads, rows(figures, options.lines, options.rates, drop)),
         "",
         "What `rerampile program` predicts: mean error of the layers in percent, and in brackets the weights that",
