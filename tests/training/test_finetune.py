@@ -117,6 +117,29 @@ def test_admm_reaches_the_ratio(graph: ModelGraph, task: Path) -> None:
     assert len(protected.kept) == 1
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 10), (2, 70), (8, 20), (40, 60)])
+def test_pulls_of_admm_add_up(graph: ModelGraph, epochs: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number, they bring weights that nothing holds back to exp(-5) of their distance."""
+    from rerampile.passes.find_layers import find_layers
+
+    layers, _ = find_layers(graph)
+    weights = {layer.name: torch.from_numpy(layer.matrix(graph).copy()) for layer in layers}
+    request = replace(REQUEST, epochs=epochs, ratios={"*": 0.75}, protect=())
+    admm = module._Admm(request, layers, weights, {layer.name: layer.name for layer in layers})
+    monkeypatch.setattr(admm, "_renew", lambda *_: None)
+
+    def distance() -> float:
+        return float(sum((w - admm.sparse[name]).square().sum() for name, w in weights.items()) ** 0.5)
+
+    far = [distance()]
+    for step in range(steps):
+        admm.pull(weights, step * admm.epochs / steps, (step + 1) * admm.epochs / steps)
+        far.append(distance())
+    pulls = np.log(np.array(far[:-1]) / far[1:])
+    assert pulls.sum() == pytest.approx(5, rel=1e-3)
+    assert pulls[-1] / pulls[0] == pytest.approx(10, rel=1e-2)
+
+
 def test_what_is_trained_with_defects_tolerates_them(graph: ModelGraph, task: Path) -> None:
     """The same chips, of stuck cells drawn apart from those of the training."""
     defects = Defects(faults=FaultModel.of_rate(0.2), mapping="two_column", scale="tensor")
