@@ -93,12 +93,15 @@ def layer_problem(
     diagonal = np.diagonal(moment, axis1=1, axis2=2)
     live = diagonal > 0
     deficient = any(_deficient(moment[group], live[group]) for group in range(groups))
-    share = _DAMPING_WHEN_DEFICIENT if deficient else DAMPING
-    damping = np.where(live, share * diagonal.mean(axis=1, keepdims=True), 0)
+    share, index = _DAMPING_WHEN_DEFICIENT if deficient else DAMPING, np.arange(inputs)
+    while True:
+        damping = np.where(live, share * diagonal.mean(axis=1, keepdims=True), 0)
+        damped = moment.astype(dtype)
+        damped[:, index, index] = np.where(live, diagonal + damping, 1)
+        if not deficient or all(map(_definite, damped)):
+            break
+        share *= 10  # inputs that hardly vary around large means: their moment is rounding
     target = weights if cross is None else _unconstrained(weights, moment, cross, damping)
-    damped = moment.astype(dtype)
-    index = np.arange(inputs)
-    damped[:, index, index] = np.where(live, diagonal + damping, 1)
     return LayerProblem(np.where(live[:, None], target, 0).astype(dtype), damped, deficient)
 
 
@@ -113,6 +116,12 @@ def _unconstrained(
         factor = scipy.linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
         solved[group] = scipy.linalg.cho_solve(factor, wanted[group].T, check_finite=False).T
     return solved
+
+
+def _definite(matrix: Floats) -> bool:
+    """Tell whether a symmetric matrix is positive definite, to rounding."""
+    (factor,) = scipy.linalg.get_lapack_funcs(("potrf",), (matrix,))
+    return bool(factor(matrix.T, lower=True)[1] == 0)
 
 
 def _deficient(moment: npt.NDArray[np.float64], live: npt.NDArray[np.bool_]) -> bool:

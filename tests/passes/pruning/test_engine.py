@@ -165,6 +165,22 @@ def test_too_few_samples_and_no_signal_at_all(engine: str, layer_of: Callable[..
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("inputs", [8, 1100])  # float64, and float32
+def test_inputs_that_hardly_vary_around_large_means(engine: str, inputs: int) -> None:
+    """What is left of their moment around the means is rounding, with negative eigenvalues: it is damped."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((1, 3, inputs)).astype(np.float32)
+    noise = rng.standard_normal((inputs, inputs))
+    moment = (noise + noise.T)[None] / 2 + 0.05 * np.eye(inputs)
+    moment[0, np.arange(inputs), np.arange(inputs)] = np.abs(np.diagonal(moment[0]))
+    assert np.linalg.eigvalsh(moment[0])[0] < -1
+    cross = weights.astype(np.float64) @ moment
+    found = prune_layer(weights, moment, Sparsity(0.5), engine=engine, cross=cross)
+    assert found.deficient
+    assert np.isfinite(found.weights).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_ratio_of_zero_changes_nothing(engine: str, layer_of: Callable[..., Any]) -> None:
     weights, moment = layer_of((2, 3, 8))
     for constraint in (Sparsity(0), NOfM(2, 2), BlockSparsity.rows(0.0)):
