@@ -215,7 +215,8 @@ def words(options: argparse.Namespace) -> list[str]:
     for name in ("epochs", "train_images", "batch", "learning_rate", "rate", "mapping", "scale", "runs"):
         found += [f"--{name.replace('_', '-')}", f"{getattr(options, name)}"]
     found += [] if options.images_per_run is None else ["--images-per-run", str(options.images_per_run)]
-    return found + ([] if options.augment else ["--no-augment"])
+    found += [] if options.augment else ["--no-augment"]
+    return found + ([] if options.cases is None else ["--cases", options.cases])
 
 
 def picture(found: dict[Case, Found]) -> Callable[[Any], None]:
@@ -251,9 +252,11 @@ def main() -> None:
     parser.add_argument("--scale", choices=["tensor", "channel"], default="tensor")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
+    parser.add_argument("--cases", help="some of them by name, as in admm-0.7-plain, with commas")
     options = parser.parse_args()
     models = TrainedModels(options)
-    found = {case: models.run(case) for case in cases(options.ratios)}
+    chosen = None if options.cases is None else options.cases.split(",")
+    found = {case: models.run(case) for case in cases(options.ratios) if chosen is None or case.name in chosen}
     (HERE / f"{options.name}.md").write_text(page(found, options))
     svg, _ = render(picture(found))
     (HERE / f"{options.name}.svg").write_text(svg)
