@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,17 @@ class PrunedModels:
         return next(iter(Bench(Experiment(folder=folder, data=self._options.data)).clean.values.values()))
 
     def _output_error(self, model: Path) -> float:
-        dense, session = open_session(self._options.model), open_session(model)
-        wrong = whole = 0.0
-        for batch in open_dataset(self._options.data, dense).batches(_BATCH):
-            expected = np.asarray(run(dense, batch.inputs)[0], np.float64)
-            wrong += float(np.square(run(session, batch.inputs)[0] - expected).sum())
-            whole += float(np.square(expected).sum())
-        return 100 * math.sqrt(wrong / whole)
+        expected = self._dense_outputs
+        return 100 * float(np.linalg.norm(self._outputs(model) - expected) / np.linalg.norm(expected))
+
+    @cached_property
+    def _dense_outputs(self) -> Any:
+        return self._outputs(self._options.model)
+
+    def _outputs(self, model: Path) -> Any:
+        session = open_session(model)
+        batches = open_dataset(self._options.data, session).batches(_BATCH)
+        return np.concatenate([run(session, batch.inputs)[0] for batch in batches]).astype(np.float64)
 
 
 def parser_of(description: str | None, *, ratios: str) -> argparse.ArgumentParser:
