@@ -88,7 +88,7 @@ class LayerFaults:
 
     Attributes:
         layer: Position in the plan's ``layers``.
-        index: int64 [weights], flat positions in the matrix [groups * outputs, inputs], ascending, each once.
+        index: int64 [weights], flat positions in the matrix [groups * outputs, inputs], each once.
         value: float32 [weights], the weights there as the faulty chip reads them.
         leaks: What flows between groups; None where nothing does.
         votes: Medians that are not zero for all inputs; None where there are none.
@@ -245,8 +245,8 @@ class _Places:
             conductance: float32 [cells], what each is read as, siemens.
         """
         geometry = self.geometry
-        row, column = np.divmod(cell, geometry.columns)
-        column += row // geometry.rows * geometry.columns
+        row = cell // geometry.columns  # numpy divides by one number far faster than it finds what is left over
+        column = cell - (row - row // geometry.rows) * geometry.columns
         row_block, column_block = self.row_block[row], self.column_block[column]
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
@@ -304,6 +304,7 @@ class LayerCells:
         cells: Its cells, [slices * cells, groups * outputs * inputs].
         gain: Its gains, float32 [groups * outputs] or [groups * outputs, segments].
         segments: The ranges of inputs that they are for.
+        adjacent: Whether all cells of a weight lie side by side on one row.
     """
 
     plan: LayerPlan
@@ -311,13 +312,16 @@ class LayerCells:
     cells: npt.NDArray[Any] = field(repr=False)
     gain: Floats = field(repr=False)
     segments: Segments
+    adjacent: bool
 
     @classmethod
     def of(cls, deployment: Deployment, layer: LayerPlan) -> LayerCells:
         """Open a layer."""
         coding, cells = layer_coding(deployment.target, layer), deployment.cells(layer)
         flat = cells.reshape(coding.slices * coding.cells, -1)
-        return cls(layer, coding, flat, deployment.gain(layer), layer_segments(layer))
+        together = coding.cells == 1 or deployment.target.pair_layout == "adjacent"
+        adjacent = together and coding.slices == layer.copy_count == 1
+        return cls(layer, coding, flat, deployment.gain(layer), layer_segments(layer), adjacent)
 
     def faults(self, number: int, stuck: StuckCells, protected: _Protected | None = None) -> LayerFaults:
         """Return what stuck cells do to this layer, which has that number; ``protected`` says what of it has copies."""
@@ -333,7 +337,9 @@ class LayerCells:
         extra = self._crossings(away)
         out_row, input_ = np.divmod(away.position, self.plan.inputs)
         inside = (away.in_group == out_row // self.plan.outputs) & (extra != 0)
-        index, at = _unique(np.concatenate([home.position, away.position[inside], voted.position]))
+        position = np.concatenate([home.position, away.position[inside], voted.position])
+        ordered = self.adjacent and len(position) == len(home.position)  # cells come row by row
+        index, at = _runs(position) if ordered else _unique(position)
         gain = self.segments.at(self.gain, index)
         value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
         more = np.concatenate([extra[inside], self._changes(voted) / np.float32(3)])
@@ -426,8 +432,14 @@ class LayerCells:
 def _unique(keys: Integers) -> tuple[Integers, Integers]:
     """Return the distinct keys, ascending, and which of them each key is."""
     ordered, order = sort_with_order(keys)
-    first = np.ones(len(keys), np.bool_)
-    first[1:] = ordered[1:] != ordered[:-1]
+    distinct, number = _runs(ordered)
     at = np.empty(len(keys), np.int64)
-    at[order] = np.cumsum(first) - 1
-    return ordered[first], at
+    at[order] = number
+    return distinct, at
+
+
+def _runs(keys: Integers) -> tuple[Integers, Integers]:
+    """Return each key once, and which of them each key is, where equal ones come one after the other."""
+    first = np.ones(len(keys), np.bool_)
+    first[1:] = keys[1:] != keys[:-1]
+    return keys[np.flatnonzero(first)], np.cumsum(first) - 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from rerampile.chip_plan import ChipLayer, Unrepaired
-from rerampile.deployment import Deployment, layer_coding, layer_segments
+from rerampile.deployment import Deployment
 from rerampile.errors import ConfigError
 from rerampile.runtime.compensation import HitWeights, compensated
 from rerampile.runtime.fault_map import ChipGeometry
@@ -92,11 +93,11 @@ class LayerProgram:
         mean: Floats | None = None,
     ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
-        self._coding, self._geometry = layer_coding(deployment.target, self.plan), ChipGeometry.of(deployment)
+        self._layer, self._geometry = LayerCells.of(deployment, self.plan), ChipGeometry.of(deployment)
+        self._coding, self._segments = self._layer.coding, self._layer.segments
         self._compiled = deployment.cells(self.plan)
-        self.gain = self._compiled_gain = deployment.gain(self.plan)
+        self.gain = self._compiled_gain = self._layer.gain
         self.shift = np.zeros(len(self.gain))
-        self._segments = layer_segments(self.plan)
         self._wanted = self._coding.decode(self._compiled, self._segments.spread(self.gain))
         self._full_scale = np.abs(self.gain) * np.float32(self._coding.span)
         self._hit = HitWeights.of(self._coding, stuck)
@@ -127,8 +128,7 @@ class LayerProgram:
         turned = np.isin(self._stuck.segment, self.flipped)
         columns = {**vars(self._stuck), "part": self._stuck.part ^ turned}
         cells = self.cells.reshape(self._coding.slices * self._coding.cells, -1)
-        layer = LayerCells(self.plan, self._coding, cells, gain, self._segments)
-        return layer.faults(self._number, StuckCells(**columns))
+        return replace(self._layer, cells=cells, gain=gain).faults(self._number, StuckCells(**columns))
 
     def weights(self) -> Floats:
         """Return the weights as the chip reads them now, float32 [groups * outputs, inputs]."""

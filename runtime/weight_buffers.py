@@ -47,8 +47,9 @@ class Place:
 
     def positions(self, index: Integers) -> Integers:
         """Return where the weights at flat positions of the matrix lie in the buffer."""
-        row, column = np.divmod(index, len(self.columns))
-        return self.rows[row] + self.columns[column]
+        row = index // len(self.columns)
+        positions: Integers = self.rows[row] + self.columns[index - row * len(self.columns)]
+        return positions
 
 
 def tensor_place(buffer: str, layer: int, plan: LayerPlan) -> Place:

@@ -57,7 +57,7 @@ def tolerated(compared: Compared) -> list[str]:
 def known_cells(known: Known) -> list[str]:
     """Return an estimate, and its interval with open ends."""
     low, high = known.interval
-    return [known_text(known), f"{low:.2g} … {'' if high is None else f'{high:.2g}'}"]
+    return [known_text(known), f"{low:.2g} …{'' if high is None else f' {high:.2g}'}"]
 
 
 def finish_rates(axes: Any, metric: str, size: int = 7) -> None:

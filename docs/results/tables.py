@@ -14,7 +14,7 @@ from rerampile.runtime.comparison import ComparisonReport
 from rerampile.runtime.pictures import render
 from rerampile.runtime.validation import MetricReport
 
-__all__ = ["HERE", "accuracy", "command", "page_parser", "page_words", "table", "write_comparison"]
+__all__ = ["HERE", "accuracy", "command", "mean", "page_parser", "page_words", "table", "write_comparison"]
 
 HERE = Path(__file__).resolve().parent
 _ROOT = HERE.parent.parent
@@ -27,8 +27,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def accuracy(found: MetricReport) -> str:
     """Return the mean with its interval, and the worst chip."""
+    return f"{mean(found)} ({found.worst:.1f})"
+
+
+def mean(found: MetricReport) -> str:
+    """Return the mean with its interval."""
     low, high = found.interval or (found.mean, found.mean)
-    return f"{found.mean:.2f} ± {(high - low) / 2:.2f} ({found.worst:.1f})"
+    return f"{found.mean:.2f} ± {(high - low) / 2:.2f}"
 
 
 def page_parser(description: str | None, *, calibration: str | None = None) -> argparse.ArgumentParser:
@@ -67,7 +72,7 @@ def page_words(options: argparse.Namespace) -> list[str]:
 
 def command(script: str, words: Sequence[str]) -> list[str]:
     """Return the lines that tell how a page is repeated."""
-    return ["To repeat it:", "", f"    python docs/results/{script} {shlex.join(words)}"]
+    return ["To repeat it:", "", f"    {shlex.join(['python', f'docs/results/{script}', *words])}"]
 
 
 def write_comparison(
