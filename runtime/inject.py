@@ -247,26 +247,26 @@ class _Places:
         geometry = self.geometry
         row = cell // geometry.columns  # numpy divides by one number far faster than it finds what is left over
         column = cell - (row - row // geometry.rows) * geometry.columns
-        row_block, column_block = self.row_block[row], self.column_block[column]
+        row_block, column_block = self.row_block.take(row), self.column_block.take(column)
         layer = self.block_layer[row_block]
         matters = np.flatnonzero((layer >= 0) & (layer == self.block_layer[column_block]))
         row, column, layer, at_home = (
-            row[matters],
-            column[matters],
-            layer[matters],
-            (row_block == column_block)[matters],
+            row.take(matters),
+            column.take(matters),
+            layer.take(matters),
+            (row_block == column_block).take(matters),
         )
         del row_block, column_block  # workers have little room
         found = StuckCells(
             layer=layer,
             at_home=at_home,
-            in_group=self.row_group[row],
-            position=self.column_start[column] + self.row_input[row],
-            part=self.column_part[column],
-            segment=self.column_segment[column],
-            input_segment=self.column_input_segment[column],
-            conductance=conductance[matters],
-            cell=cell[matters],
+            in_group=self.row_group.take(row),
+            position=self.column_start.take(column) + self.row_input.take(row),
+            part=self.column_part.take(column),
+            segment=self.column_segment.take(column),
+            input_segment=self.column_input_segment.take(column),
+            conductance=conductance.take(matters),
+            cell=cell.take(matters),
             number=np.zeros(len(matters), np.uint8),
         )
         copied = self.copies.resolve(cell, conductance, geometry)
@@ -341,7 +341,8 @@ class LayerCells:
         ordered = self.adjacent and len(position) == len(home.position)  # cells come row by row
         index, at = _runs(position) if ordered else _unique(position)
         gain = self.segments.at(self.gain, index)
-        value = self._weights([part.take(index) for part in self.cells], at[: len(home.part)], home, gain)
+        cells = [part.take(index, mode="clip") for part in self.cells]  # all are inside; looking takes a third longer
+        value = self._weights(cells, at[: len(home.part)], home, gain)
         more = np.concatenate([extra[inside], self._changes(voted) / np.float32(3)])
         np.add.at(value, at[len(home.part) :], more)
         leaks = None
