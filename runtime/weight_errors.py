@@ -153,16 +153,17 @@ class LayerErrors:
         each = stuck.variance_of(self._coding, zero, gain).reshape(layer.groups, layer.outputs, -1)
         leaks = np.zeros((layer.groups, layer.outputs, layer.inputs), np.float32)
         for partitions in shared:
-            own = []
+            own, read = [], np.zeros((layer.groups, layer.outputs), np.float32)
             for partition in partitions:
                 groups, outputs, inputs = _places(partition)
                 own.append(np.zeros((len(groups), layer.outputs), np.float32))
                 of_column = each[:, :, self._segments.number_of(inputs[0])]
                 own[-1][:, outputs] = of_column[np.ix_(groups, outputs)]
-            everything = sum(part.sum(axis=0) for part in own)
+                read[groups] += own[-1]
             for partition, part in zip(partitions, own, strict=True):
                 groups, _, inputs = _places(partition)
-                leaks[np.ix_(groups, np.arange(layer.outputs), inputs)] += (everything - part)[:, :, None]
+                together = read[groups] if layer.groups_take_turns else read.sum(axis=0)
+                leaks[np.ix_(groups, np.arange(layer.outputs), inputs)] += (together - part)[:, :, None]
         leaks /= np.float32(layer.copy_count**2)  # summed over copies, whose places may differ
         return leaks.reshape(-1, layer.inputs)
 

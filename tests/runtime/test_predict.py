@@ -260,20 +260,41 @@ def test_gains_of_partitions_that_share_an_array(scheme: str, tmp_path: Path) ->
 
     np.testing.assert_allclose(found.nsr, monte_carlo(deployment, faults, data, 200), rtol=0.1)
     if scheme == "differential":
-        (layer,), errors = deployment.plan.layers, LayerErrors(deployment, 0)
-        expected = errors.variance(faults) + np.square(errors.mean_weights(faults) - deployment.weights(layer))
+        expected = expected_squares(deployment, faults)
         squares = squared_errors(deployment, faults, 600)
         for part in (slice(60, 80), slice(80, 100)):  # mostly leaks in the second, into a column of large weights
             assert expected[8, part].sum() == pytest.approx(squares[8, part].sum(), rel=0.1)
         assert expected[8, 80:100].sum() > 0.5 * expected[8, 60:80].sum()
 
 
+def test_directions_do_not_leak_into_each_other(tmp_path: Path) -> None:
+    """Two directions of an LSTM on one array run one after the other: cells beside their blocks do nothing."""
+    text = '(float[5,2,6] x) => (float[] y) { y = LSTM <hidden_size=4,direction="bidirectional"> (x, W, R) }'
+    target = Target(name="small", rows=48, columns=72, cell=CELLS["stuck outside"][0])
+    model = model_of(text, {"W": (2, 16, 6), "R": (2, 16, 4)})
+    deployment = compile_model(model, out=tmp_path / "out", target=target)
+    assert deployment.plan.layers[0].groups_take_turns
+    assert deployment.plan.arrays[0].partitions[0].groups == (0, 2)
+    faults = FaultModel.of_rate(0.1)
+
+    squares = squared_errors(deployment, faults, 600)
+
+    assert expected_squares(deployment, faults).sum() == pytest.approx(squares.sum(), rel=0.05)
+
+
+def expected_squares(deployment: Deployment, faults: FaultModel) -> NDArray[np.float32]:
+    """The closed form of what :func:`squared_errors` counts."""
+    errors = LayerErrors(deployment, 0)
+    weights = deployment.weights(deployment.plan.layers[0])
+    return errors.variance(faults) + np.square(errors.mean_weights(faults) - weights)
+
+
 def squared_errors(deployment: Deployment, faults: FaultModel, chips: int) -> NDArray[np.float64]:
-    """Mean squared error of each weight of the only layer, [outputs, inputs]."""
+    """Mean squared error of each weight of the first layer, [groups * outputs, inputs]."""
     weights = deployment.weights(deployment.plan.layers[0]).reshape(-1)
     injector, geometry, total = Injector(deployment), ChipGeometry.of(deployment), np.zeros(weights.size)
     for number in range(chips):
-        for found in injector.faults(draw_faults(geometry, faults, deployment.target, seed=4, run=number)):
+        for found in injector.faults(draw_faults(geometry, faults, deployment.target, seed=4, run=number))[:1]:
             total[found.index] += np.square(found.value - weights[found.index], dtype=np.float64) / chips
     return total.reshape(-1, deployment.plan.layers[0].inputs)
 
