@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from onnx import helper
 
 from rerampile.background import side_by_side
 from rerampile.errors import ConfigError, ModelError
@@ -108,7 +109,7 @@ def _map_layer(unit: Unit, layer: Layer, codings: Sequence[Coding]) -> MappedLay
     segments = _segments(unit, layer, nonzero)
     scale = _full_scale(unit, layer, magnitude, segments)
     candidates = [
-        _candidate(layer, coding, smallest, largest, scale)
+        _candidate(unit, layer, coding, smallest, largest, scale)
         for coding, limit in zip(codings, limits, strict=True)
         if most <= limit
     ]
@@ -169,13 +170,14 @@ def _within(layers: Sequence[Layer], most: int) -> Iterator[list[Layer]]:
     yield chosen
 
 
-def _candidate(layer: Layer, coding: Coding, smallest: Floats, largest: Floats, scale: Floats) -> Candidate:
+def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, largest: Floats, scale: Floats) -> Candidate:
     """Return a coding with its gains.
 
     Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
     steps, else multiples of the smallest whole number that fits.
 
     Args:
+        unit: The compilation, up to *prune*.
         layer: The layer.
         coding: The coding.
         smallest: Smallest weight of each output.
@@ -185,7 +187,38 @@ def _candidate(layer: Layer, coding: Coding, smallest: Floats, largest: Floats, 
     if layer.integer and coding.holds_integers(float(smallest.min()), float(largest.max())):
         return Candidate(coding=coding, gain=np.ones_like(scale))
     gain = coding.gain(scale)
-    return Candidate(coding=coding, gain=np.ceil(gain) if layer.integer and coding.integer else gain)
+    if layer.integer and coding.integer:
+        across = (slice(None), *[None] * (scale.ndim - 1))
+        ends = np.maximum(-scale, smallest[across]), np.minimum(scale, largest[across])
+        gain = _whole_gain(coding, gain, np.stack(ends, axis=-1), _range(unit, layer))
+    return Candidate(coding=coding, gain=gain)
+
+
+def _whole_gain(coding: Coding, gain: Floats, ends: Floats, limits: tuple[float, float]) -> Floats:
+    """Return the least whole gains with which the ends of the weights come as near as levels allow, and stay in range.
+
+    Args:
+        coding: The coding.
+        gain: Gains that are no whole numbers, of any shape.
+        ends: The smallest and the largest weight of each, [..., 2].
+        limits: What the type of the weights holds.
+    """
+    most, ends = np.ceil(gain).reshape(-1), ends.reshape(-1, 2)
+    found = np.maximum(np.floor(gain), 1).reshape(-1)
+    while True:
+        held = coding.decode(coding.encode(ends, found), found)
+        wrong = (np.abs(held - ends) > coding.error_bound(found)[:, None]) | (held < limits[0]) | (held > limits[1])
+        again = wrong.any(axis=1) & (found < 2 * most)
+        if not again.any():
+            return np.where(wrong.any(axis=1), most, found).astype(np.float32).reshape(gain.shape)
+        found[again] += 1
+
+
+def _range(unit: Unit, layer: Layer) -> tuple[float, float]:
+    """Return the least and the largest whole number that a weight can be, less its zero point."""
+    info = np.iinfo(helper.tensor_dtype_to_np_dtype(layer.element_type))
+    zero = np.zeros(1) if layer.zero_point is None else unit.graph.read(layer.zero_point).astype(np.float64)
+    return float(info.min - zero.min()), float(info.max - zero.max())
 
 
 def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:

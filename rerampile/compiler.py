@@ -20,7 +20,19 @@ import onnx
 
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, RerampileError
-from rerampile.files import CONDUCTANCES, DEPLOYED, DIGITAL, MASKS, PLAN, REFERENCE, STAGES
+from rerampile.files import (
+    CONDUCTANCES,
+    DEPLOYED,
+    DIGITAL,
+    MASKS,
+    PLAN,
+    REFERENCE,
+    STAGES,
+    begins_with,
+    holds_plan,
+    refuse_inside_deployment,
+    resolved,
+)
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile, load_model_file
@@ -261,7 +273,7 @@ def written_whole(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` holds something else than a deployment, or cannot be written.
     """
-    out = out.resolve() if out.is_symlink() else out
+    out = resolved(out) if out.is_symlink() else out
     check_replaceable(out)
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]
@@ -304,14 +316,15 @@ def check_replaceable(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: a file, expected a folder to write the deployment into; name another one with -o")
-    if Path.cwd().is_relative_to(out.resolve()):
+    if Path.cwd().is_relative_to(resolved(out)):
         raise ConfigError(f"{out}: the current folder or one around it, expected one inside it; name it with -o")
+    refuse_inside_deployment(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     try:
         files = set(read_plan(out / PLAN).files)
     except RerampileError as error:
-        if not _looks_like_plan(out / PLAN):
+        if not holds_plan(out):
             raise ConfigError(
                 f"{out}: holds something else than a deployment, expected a new or empty folder; "
                 f"name another one with -o, or empty it"
@@ -341,21 +354,7 @@ def _is_regular(path: Path) -> bool:
 
 def _is_stage(path: Path) -> bool:
     """Whether a file is what ``--keep-stages`` writes; passes of the user's own have any name."""
-    return _is_regular(path) and bool(re.fullmatch(r"\d+-.+\.json", path.name)) and _begins_with(path, b'"pass": ')
-
-
-def _looks_like_plan(path: Path) -> bool:
-    """Whether a damaged or newer deployment lies there, which may be replaced."""
-    return _begins_with(path, b'"rerampile-plan"')
-
-
-def _begins_with(path: Path, text: bytes) -> bool:
-    """Whether a text stands in the first line or two of a file."""
-    try:
-        with path.open("rb") as file:
-            return text in file.read(200)
-    except OSError:
-        return False
+    return _is_regular(path) and bool(re.fullmatch(r"\d+-.+\.json", path.name)) and begins_with(path, b'"pass": ')
 
 
 def _check_outside(out: Path, model: ModelFile, options: CompileOptions) -> None:
@@ -367,7 +366,7 @@ def _check_outside(out: Path, model: ModelFile, options: CompileOptions) -> None
     given = [path for path in (model.path, options.masks, options.inputs) if path is not None]
     given += [model.folder / location for location in model.external if model.folder is not None]
     for path in given:
-        if path.resolve().is_relative_to(out.resolve()):
+        if resolved(path).is_relative_to(resolved(out)):
             raise ConfigError(
                 f"{path}: lies in '{out}', which would be replaced; name another folder with -o, or move it away"
             )

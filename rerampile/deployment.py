@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rerampile.array_plan import ArrayPlan, Partition, SliceCopy
 from rerampile.errors import ConfigError, PlanFormatError
-from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN
+from rerampile.files import CONDUCTANCES, DEPLOYED, PLAN, resolved
 from rerampile.layer_plan import LayerPlan
 from rerampile.plan import Plan, read_plan
 from rerampile.schemes import Coding
@@ -150,7 +150,7 @@ class Deployment:
         Raises:
             ConfigError: The path lies in it.
         """
-        if path.resolve().is_relative_to(self.folder.resolve()):
+        if resolved(path).is_relative_to(resolved(self.folder)):
             raise ConfigError(
                 f"{path}: lies in the deployment '{self.folder}', which holds its own files only; name another place"
             )

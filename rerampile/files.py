@@ -18,7 +18,11 @@ __all__ = [
     "PLAN",
     "REFERENCE",
     "STAGES",
+    "begins_with",
+    "holds_plan",
+    "refuse_inside_deployment",
     "require_regular",
+    "resolved",
     "write_files",
 ]
 
@@ -40,6 +44,44 @@ def require_regular(path: Path) -> None:
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "a device or a pipe, expected a regular file", str(path))
+
+
+def begins_with(path: Path, text: bytes) -> bool:
+    """Whether a text stands in the first line or two of a file."""
+    try:
+        with path.open("rb") as file:
+            return text in file.read(200)
+    except OSError:
+        return False
+
+
+def holds_plan(folder: Path) -> bool:
+    """Whether a deployment lies there, be it damaged or newer."""
+    return begins_with(folder / PLAN, b'"rerampile-plan"')
+
+
+def refuse_inside_deployment(out: Path) -> None:
+    """Refuse a place in a deployment folder.
+
+    Raises:
+        ConfigError: It is in one, or its links lead back to themselves.
+    """
+    if around := next((parent for parent in resolved(out).parents if holds_plan(parent)), None):
+        raise ConfigError(
+            f"{out}: lies in the deployment '{around}', which holds its own files only; name another place with -o"
+        )
+
+
+def resolved(path: Path) -> Path:
+    """Return an absolute path without links.
+
+    Raises:
+        ConfigError: Its links lead back to themselves.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: a link that leads back to itself; name another place") from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

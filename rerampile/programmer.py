@@ -131,7 +131,7 @@ def chip_sources(path: Path, deployment: Deployment, out: Path) -> list[tuple[Ch
     """
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".csv"))
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".safetensors", ".csv"))
         if not files:
             raise ConfigError(f"--fault-map {path}: no .safetensors and no .csv file in it, expected fault maps")
     found: list[tuple[ChipSource, Path]] = []
@@ -220,7 +220,10 @@ def program_chip(
                 nonlocal done
                 bias = biases.get(number)
                 mean = None if bias is None else bias.mean
-                program = LayerProgram(deployment, number, stuck[number], moments.get(number), placed[number], mean)
+                failed = source.faults.cell if deployment.target.failed_cells.isolates_pairs else None
+                program = LayerProgram(
+                    deployment, number, stuck[number], moments.get(number), placed[number], mean, failed
+                )
                 for step in ordered:
                     program.step(step)
                 writer.write(program.plan.cells_tensor, program.cells)

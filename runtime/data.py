@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.errors import ConfigError, DataError, did_you_mean
+from rerampile.errors import ConfigError, DataError, RerampileError, did_you_mean
 from rerampile.files import require_regular
 from rerampile.npz_file import ArrayHeader, npz_headers, read_npz
 from rerampile.onnx_file import file_sha256
@@ -186,6 +186,8 @@ def _fixed_rows(session: Any) -> int | None:
 # cifar10 ------------------------------------------------------------------------------------------
 
 _CIFAR_FOLDER = "cifar-10-batches-bin"
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
+
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # label, then red, green and blue planes
 _CIFAR_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 _CIFAR_SPLITS = {"train": _CIFAR_BATCHES, "test": ("test_batch",), **{name: (name,) for name in _CIFAR_BATCHES}}
@@ -341,7 +343,16 @@ def _labels_by_list(folder: Path, listing: Path) -> tuple[list[Path], list[int],
     missing = next((image for image in images if not image.is_file()), None)
     if missing is not None:
         raise DataError(f"{listing}: '{missing.relative_to(folder)}' is not in {folder}")
-    if all(word.isascii() and word.isdigit() for word in words):
+    labels = dict(zip(images, words, strict=True))
+    twice = next((image for image, word in zip(images, words, strict=True) if labels[image] != word), None)
+    if twice is not None:
+        raise DataError(f"{listing}: '{twice.relative_to(folder)}' is there twice, with different labels")
+    if any(_NUMBER.fullmatch(word) for word in words):
+        odd = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) <= 9)), None)
+        if odd is not None:
+            raise DataError(
+                f"{listing}: label '{odd}', expected a class number from 0 for each image, or a name for each"
+            )
         return images, [int(word) for word in words], None
     names = {word: k for k, word in enumerate(sorted(set(words)))}
     return images, [names[word] for word in words], len(names)
@@ -391,6 +402,8 @@ def _open_image(path: Path) -> Image.Image:
 
     with Image.open(path) as image:
         image.load()
+        if image.mode.startswith(("I", "F")):  # Pillow would cut all values above 255 off
+            raise ValueError(f"pixels of more than eight bits (mode {image.mode}), expected eight bits a channel")
         return image
 
 
@@ -470,8 +483,14 @@ def _coco_annotations(file: Path) -> dict[str, Any]:
         sides = box["bbox"]
         if len(sides) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in sides):
             raise DataError(f"{where}: bbox {sides}, expected four numbers x, y, width, height")
-        area = box.get("area", sides[2] * sides[3])
-        filled.append({**box, "id": k + 1, "area": area, "iscrowd": box.get("iscrowd", 0)})
+        if min(sides[2:]) < 0:
+            raise DataError(f"{where}: bbox {sides}, expected a width and a height of 0 or more")
+        area, crowd = box.get("area", sides[2] * sides[3]), box.get("iscrowd", 0)
+        if not (isinstance(area, (int, float)) and 0 <= area < math.inf):
+            raise DataError(f"{where}: area {json.dumps(area)}, expected a number of 0 or more")
+        if crowd not in (0, 1):
+            raise DataError(f"{where}: iscrowd {json.dumps(crowd)}, expected 0 or 1")
+        filled.append({**box, "id": k + 1, "area": area, "iscrowd": int(crowd)})
     return {"images": images, "categories": sorted(categories, key=lambda c: c["id"]), "annotations": filled}
 
 
@@ -611,5 +630,18 @@ def _adapters() -> dict[str, _Adapter]:
 
 
 def _open_added(point: EntryPoint, source: DataSource) -> Dataset:
-    dataset: Dataset = point.load()(source)
+    """Open data with the adapter of another package, whose errors are not ours."""
+    try:
+        dataset: Dataset = point.load()(source)
+    except RerampileError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"--data: '{source.spec}': the adapter {point.value} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not (hasattr(dataset, "batches") and hasattr(dataset, "digest")):
+        raise DataError(
+            f"--data: '{source.spec}': the adapter {point.value} gave a {type(dataset).__name__}, expected a data set "
+            f"(see docs/data.md)"
+        )
     return dataset

@@ -250,8 +250,10 @@ def write_first_image(dataset: ImageDataset, path: Path) -> None:
     """Write the first image to a PNG as the model sees it, its normalisation undone.
 
     Raises:
-        DataError: The file cannot be written.
+        DataError: The file cannot be written, or has another ending.
     """
+    if path.suffix.lower() != ".png":
+        raise DataError(f"--first-image {path}: expected a name that ends in .png")
     batch = next(dataset.batches(1))
     picture = dataset.pipeline.picture(batch.inputs[dataset.pipeline.input][0])
     try:

@@ -29,6 +29,7 @@ from rerampile.target import Target
 from rerampile.tensor_file import TensorWriter
 
 __all__ = [
+    "MOST_CHIPS",
     "STATES",
     "STUCK_OFF",
     "STUCK_ON",
@@ -49,7 +50,7 @@ _FORMAT, _VERSION = "rerampile-faults", 1
 _COLUMNS = {"chip": np.uint32, "array": np.uint32, "row": np.uint16, "column": np.uint16}
 _REQUIRED = ("array", "row", "column", "state")
 _KNOWN = (*_COLUMNS, "state", "conductance")
-_MOST_CHIPS = 1_000_000
+MOST_CHIPS = 1_000_000
 
 Array = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
@@ -200,11 +201,17 @@ def write_fault_maps(
         notes: What else to keep in the metadata of a safetensors file, such as how the faults were drawn.
 
     Raises:
-        ConfigError: The name has another ending, or the file cannot be written.
+        ConfigError: The name has another ending, the file cannot be written, or the last of several chips would be lost
+            in it.
     """
     writers = {".safetensors": _write_safetensors, ".csv": _write_csv}
     if path.suffix not in writers:
         raise ConfigError(f"{path}: a fault map ends in {' or '.join(writers)}, got '{path.suffix}'")
+    if path.suffix == ".csv" and len(chips) > 1 and not len(chips[-1]):
+        raise ConfigError(
+            f"{path}: chip {len(chips) - 1}, the last, has no stuck cell, which a .csv file cannot say; write a "
+            f".safetensors file"
+        )
     geometry = ChipGeometry.of(deployment)
     array, row, column = geometry.locate(_joined([c.cell for c in chips], np.int64))
     table: dict[str, Array] = {
@@ -263,7 +270,7 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
     digest = placement_digest(deployment.plan)
     try:
         require_regular(path)
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             table, chips = _read_csv(path), None
         else:
             table, chips = _read_safetensors(path, digest)
@@ -271,7 +278,7 @@ def read_fault_maps(path: Path, deployment: Deployment) -> list[FaultMap]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}; expected a fault map") from error
     _check_names(path, table)
     table.setdefault("chip", np.zeros(len(table["array"]), np.int64))
-    _check_values(path, table, geometry, deployment.target, _MOST_CHIPS if chips is None else chips)
+    _check_values(path, table, geometry, deployment.target, MOST_CHIPS if chips is None else chips)
     return _split(path, table, geometry, deployment.target, chips)
 
 
@@ -285,8 +292,8 @@ def _read_safetensors(path: Path, digest: str) -> tuple[dict[str, Array], int | 
     except (SafetensorError, TypeError) as error:
         raise DataError(f"{path}: no fault map in safetensors or .csv: {' '.join(str(error).split())}") from error
     chips = metadata.get("chips")
-    if chips is not None and not (chips.isdecimal() and 1 <= int(chips) <= _MOST_CHIPS):
-        raise DataError(f"{path}: metadata 'chips' is '{chips}', expected a number from 1 to {_MOST_CHIPS}")
+    if chips is not None and not (chips.isdecimal() and 1 <= int(chips) <= MOST_CHIPS):
+        raise DataError(f"{path}: metadata 'chips' is '{chips}', expected a number from 1 to {MOST_CHIPS}")
     lengths = {name: column.shape for name, column in table.items()}
     if len(set(lengths.values())) > 1 or any(len(shape) != 1 for shape in lengths.values()):
         raise DataError(f"{path}: tensors of shapes {lengths}, expected one axis of the same length for all")
@@ -326,12 +333,27 @@ def _read_csv(path: Path) -> dict[str, Array]:
     try:
         rows = np.loadtxt(io.StringIO(body), dtype, delimiter=",", comments=None, ndmin=1) if body.strip() else None
     except (ValueError, OverflowError) as error:
-        raise DataError(f"{path}: below the header: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: {_wrong_line(body, names) or ' '.join(str(error).split())}") from error
     rows = np.zeros(0, dtype) if rows is None else rows
     words = np.char.strip(rows["state"])
     state = sum((words == word) * code for word, code in STATES.items())
     _refuse(path, state == 0, lambda i: f"state '{words[i]}', expected {_one_of(STATES)}")
     return {name: state if name == "state" else rows[name] for name in names}
+
+
+def _wrong_line(body: str, names: Sequence[str]) -> str | None:
+    """Say what is wrong with the first line below the header that is no fault; None where each looks like one."""
+    for number, line in enumerate(body.splitlines(), 2):
+        values = line.split(",") if line.strip() else []
+        if values and len(values) != len(names):
+            return f"line {number}: {len(values)} values, expected {len(names)}: {', '.join(names)}"
+        for name, value in zip(names, values, strict=False):
+            try:
+                {"state": str, "conductance": float}.get(name, np.int64)(value)
+            except (ValueError, OverflowError):
+                wanted = "a number" if name == "conductance" else "a whole number"
+                return f"line {number}: {name} '{value.strip()}', expected {wanted}"
+    return None
 
 
 def _check_names(path: Path, names: Sequence[str] | Mapping[str, Array]) -> None:

@@ -133,6 +133,11 @@ class FaultModel:
         return f"{states} {self.distribution} by {self.rate_unit}"
 
     @property
+    def asked(self) -> float:
+        """The failure rate as reports name it: without what adding its parts up has rounded."""
+        return float(f"{self.rate:.14g}")
+
+    @property
     def rate(self) -> float:
         """Failure rate: the probability that a cell (or weight) fails at all."""
         return sum(self.probabilities.values())

@@ -65,6 +65,8 @@ class Journal:
         """Take over the results of an earlier start; return up to which byte the file is whole."""
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        if not whole and not _line(header).startswith(data):
+            raise DataError(f"{self.path}: not a journal of rerampile; name another file")
         for number, line in enumerate(whole.splitlines()):
             try:
                 entry = json.loads(line)
@@ -95,7 +97,7 @@ class Journal:
         self.done[key] = _plain(result)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        self._file.write(_line(entry))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -106,6 +108,10 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,9 @@ from rerampile.files import write_files
 from rerampile.runtime.pictures import render
 from rerampile.runtime.predict import LayerPrediction, Prediction, RatePrediction
 
-__all__ = ["highest", "layers_caption", "layers_picture", "ranking", "write_prediction"]
+__all__ = ["PREDICTION_FILES", "highest", "layers_caption", "layers_picture", "ranking", "write_prediction"]
+
+PREDICTION_FILES = ("prediction.json", "layers.svg", "layers.png")
 
 _MOST_BARS = 16
 _LONGEST_NAME = 36
@@ -77,8 +79,7 @@ def write_prediction(folder: Path, prediction: Prediction) -> None:
     """
     data = msgspec.json.format(msgspec.json.encode(prediction), indent=1) + b"\n"
     svg, png = render(layers_picture(highest(prediction.rates)))
-    files = {"prediction.json": data, "layers.svg": svg.encode(), "layers.png": png}
-    write_files(folder, files)
+    write_files(folder, dict(zip(PREDICTION_FILES, (data, svg.encode(), png), strict=True)))
 
 
 def _short(name: str) -> str:

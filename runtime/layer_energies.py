@@ -104,9 +104,11 @@ def layer_energies(
     for inputs in batches:
         given = {name: array for name, array in inputs.items() if name in needed}
         graph.collect(dict(zip(names, run(session, given), strict=True)), found)
-    for number in [n for n, energies in found.items() if not energies.products > 0]:
-        reasons[number] = "its products are all zero on these inputs"
-        del found[number]
+    for number, energies in list(found.items()):
+        finite = np.isfinite(energies.products) and np.isfinite(energies.errors).all()
+        if not (finite and energies.products > 0):
+            reasons[number] = f"its products are {'all zero' if finite else 'not all finite'} on these inputs"
+            del found[number]
     return found, reasons
 
 

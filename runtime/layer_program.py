@@ -37,6 +37,7 @@ UNCALIBRATED = ("compensate", "assign", "flip")
 
 LISTED = 100  # weights that stay wrong
 _WRONG = 1e-6  # of an output's full scale: more than rounding
+_LARGEST_GAIN = 1e15  # the square of an output of such weights is far from the largest float32
 _GAINS = (0.5, 2.0)  # by how much a gain may change
 
 
@@ -53,6 +54,9 @@ def require_programmable(deployment: Deployment) -> None:
             f"{deployment.folder}: has copies of slices, whose votes programming does not know; compile it without "
             f"--protect-msb"
         )
+    for layer in deployment.plan.layers:
+        if not deployment.gain(layer).max(initial=0) < _LARGEST_GAIN:
+            raise ConfigError(f"{deployment.folder}: weights of layer '{layer.name}' are too large to be squared")
     layer = max(deployment.plan.layers, key=lambda layer: layer.copy_count)
     if layer.copy_count > 1:
         raise ConfigError(
@@ -71,6 +75,8 @@ class LayerProgram:
         moments: Mean of x x^T of its inputs, float32 [groups, inputs, inputs]; None where it is not known.
         placed: The chip's stuck cells that matter once its inputs and outputs have other places.
         mean: Mean of its inputs, float32 [groups, inputs], where it has a bias that can be shifted.
+        failed: Cells of the chip that have failed: of a pair that is cut off, the other one is stuck, too. None where
+            each stuck cell has failed.
 
     Attributes:
         cells: Targets as stored, [slices, cells, groups * outputs, inputs]; stuck cells at the nearest to what they
@@ -91,11 +97,13 @@ class LayerProgram:
         moments: Floats | None,
         placed: StuckCells | None = None,
         mean: Floats | None = None,
+        failed: Integers | None = None,
     ) -> None:
         self.plan, self._number, self._stuck, self._moments = deployment.plan.layers[number], number, stuck, moments
         self._layer, self._geometry = LayerCells.of(deployment, self.plan), ChipGeometry.of(deployment)
         self._coding, self._segments = self._layer.coding, self._layer.segments
         self._compiled = deployment.cells(self.plan)
+        self._failed = failed
         self.gain = self._compiled_gain = self._layer.gain
         self.shift = np.zeros(len(self.gain))
         self._wanted = self._coding.decode(self._compiled, self._segments.spread(self.gain))
@@ -288,12 +296,12 @@ class LayerProgram:
         self.gain = np.where(better, self.gain.T, gain.T).T
         self.shift = np.where(better, self.shift, 0.0)
 
-    def _wrong(self) -> tuple[Integers, Floats]:
-        """Return the weights that faults hit and that stay wrong, and how far they are off under the compiled gain."""
+    def _wrong(self) -> tuple[Integers, Floats, Floats]:
+        """Return the weights that faults hit and that stay wrong, how far off under the compiled gain, and as read."""
         faults = self._faults(self._compiled_gain)
         error = faults.value - self._wanted.reshape(-1)[faults.index]
         wrong = np.abs(error) > _WRONG * self._segments.at(self._full_scale, faults.index)
-        return faults.index[wrong], error[wrong]
+        return faults.index[wrong], error[wrong], self.faults.value[wrong]
 
     def record(self, bias: str = "", scale: float = 1.0) -> ChipLayer:
         """Return what the plan says of the layer.
@@ -303,9 +311,12 @@ class LayerProgram:
             scale: What its products are multiplied by before the bias is added.
         """
         home, shifted = self._stuck.at_home, bool(self.shift.any())
+        beside = ~home
+        if self.plan.groups_take_turns:  # cells that join two of them do nothing
+            beside &= self._stuck.in_group == self._stuck.position // (self.plan.inputs * self.plan.outputs)
         return ChipLayer(
-            stuck=len(home),
-            beside=int(np.count_nonzero(~home)),
+            stuck=int(np.count_nonzero(home | beside)),
+            beside=int(np.count_nonzero(beside)),
             weights=len(self.faults.index),
             unrepaired=len(self._wrong()[0]),
             measure="plain" if self._moments is None else "moments",
@@ -317,14 +328,16 @@ class LayerProgram:
 
     def unrepaired(self) -> list[Unrepaired]:
         """Return the worst of the weights that stay wrong, the worst first."""
-        index, error = self._wrong()
+        index, error, found = self._wrong()
         row, input_ = np.divmod(index, self.plan.inputs)
         share = np.square(error.astype(np.float64))
         if self._moments is not None:
             share *= self._moments[row // self.plan.outputs, input_, input_]
         share /= self.energy or 1.0
-        position, first = np.unique(self._stuck.position, return_index=True)
-        array, line, column = self._geometry.locate(self._stuck.cell[first[np.searchsorted(position, index)]])
+        cell = self._stuck.cell
+        named = np.arange(len(cell)) if self._failed is None else np.flatnonzero(np.isin(cell, self._failed))
+        position, first = np.unique(self._stuck.position[named], return_index=True)
+        array, line, column = self._geometry.locate(cell[named[first[np.searchsorted(position, index)]]])
         worst = np.argsort(-share, kind="stable")[:LISTED].tolist()
         wanted = self._wanted.reshape(-1)[index]
         return [
@@ -333,7 +346,7 @@ class LayerProgram:
                 output=int(row[i]),
                 input=int(input_[i]),
                 wanted=float(wanted[i]),
-                found=float(wanted[i] + error[i]),
+                found=float(found[i]),
                 share=float(share[i]),
                 array=int(array[i]),
                 row=int(line[i]),

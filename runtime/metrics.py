@@ -146,12 +146,13 @@ class Accuracy(_ImageScores):
     Args:
         output: Position of that output.
         where: Name of the data, for messages.
+        name: Name of the output, for messages.
     """
 
     names = ("top1", "top5")
 
-    def __init__(self, output: int, where: str) -> None:
-        self._output, self._where = output, where
+    def __init__(self, output: int, where: str, name: str = "") -> None:
+        self._output, self._where, self._name = output, where, name
         self._ranks: list[npt.NDArray[np.int64]] = []
         self._indices: list[npt.NDArray[np.int64]] = []
         self._non_finite = 0
@@ -170,23 +171,29 @@ class Accuracy(_ImageScores):
                 f"{dataset.name} has {dataset.classes} classes, but the model's output '{outputs[chosen].name}' has "
                 f"{width}; number the labels as the model does (see labels.txt in docs/data.md)"
             )
-        return cls(chosen, dataset.name)
+        return cls(chosen, dataset.name, outputs[chosen].name)
 
     def learn(self, outputs: Outputs, batch: Batch) -> None:
         """Nothing to learn."""
 
     def fresh(self) -> Accuracy:
         """Return the same metric without scores."""
-        return Accuracy(self._output, self._where)
+        return Accuracy(self._output, self._where, self._name)
 
     def update(self, outputs: Outputs, batch: Batch) -> None:
         """Score a batch.
 
         Raises:
-            DataError: A label is not one of the output's classes.
+            DataError: A label is not one of the output's classes, or the output has not one row an image.
         """
         labels, count = batch.targets, len(batch.indices)
-        scores = np.asarray(outputs[self._output])[:count].reshape(count, -1)
+        found, given = np.asarray(outputs[self._output]), max(len(array) for array in batch.inputs.values())
+        if len(found) != given:
+            raise DataError(
+                f"{self._where}: output '{self._name}' has {len(found)} rows for {given} images, expected one row an "
+                f"image; the first axis of inputs and outputs has to count images"
+            )
+        scores = found[:count].reshape(count, -1)
         wrong = np.flatnonzero((labels < 0) | (labels >= scores.shape[1]))
         if wrong.size:
             raise DataError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -388,7 +389,12 @@ def run_chips(
         journal.add(bench.key(result.run, result.rate), kept)
         if progress is not None:
             progress(result)
-    return [ChipResult(rate=rate, **journal.done[bench.key(run, rate)]) for run, rate in work]
+    try:
+        return [msgspec.convert({**journal.done[bench.key(*item)], "rate": item[1]}, ChipResult) for item in work]
+    except (msgspec.ValidationError, TypeError) as error:
+        raise DataError(
+            f"{journal.path}: an entry is no result of a chip: {error}; remove the file to start anew"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

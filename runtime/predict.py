@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rerampile.checks import check_checksums
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError, RerampileError
 from rerampile.runtime.copy_places import refuse_weight_rates
@@ -144,7 +145,7 @@ def predict(
 
     Raises:
         ConfigError: Faults are not independent, a number is out of range, or no layer can be predicted.
-        DataError: There are no images.
+        DataError: There are no images, or outputs are not finite.
     """
     check_predictable(faults)
     _check_chips(deployment, faults)
@@ -203,6 +204,7 @@ def predict_experiment(
     """
     check_predictable(experiment.faults)
     deployment = load_deployment(experiment.folder)
+    check_checksums(deployment)
     images = experiment.images or _IMAGES
     data = open_dataset(
         experiment.data,
@@ -307,7 +309,7 @@ def _rate(
         parts.append((part, layer, random + coherent, coherent))
     total = math.fsum(part for part, *_ in parts)
     return RatePrediction(
-        rate=model.rate,
+        rate=model.asked,
         stuck_off=model.stuck_off,
         stuck_on=model.stuck_on,
         categories=model.categories or msgspec.UNSET,
@@ -343,6 +345,11 @@ class _Bench:
         self._executor = _executor(deployment)
         self._clean = [_numbers(self._executor.run(inputs)) for inputs in probes]
         self._energy = sum(_energy(outputs) for outputs in self._clean)
+        if not math.isfinite(self._energy):
+            raise DataError(
+                f"{deployment.folder}: outputs are not finite on these inputs without faults, so that no error can be "
+                f"predicted; give inputs that the model is made for with --data"
+            )
 
     def effect(self, number: int, model: FaultModel, nsr: float) -> _Effect:
         """Return what noise and shift of a layer do.
@@ -387,6 +394,11 @@ class _Bench:
             self._executor.restore()
         pairs = zip(found, self._clean[which], strict=True)
         error = sum(_energy(f - c for f, c in zip(*pair, strict=True) if f.shape == c.shape) for pair in pairs)
+        if not math.isfinite(error):
+            raise DataError(
+                f"{self._deployment.folder}: errors in its layers make outputs that are not finite, whose error cannot "
+                f"be predicted; run 'rerampile validate', which counts them"
+            )
         return error / self._energy if self._energy else 0.0
 
 

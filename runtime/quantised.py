@@ -39,6 +39,7 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 _MOST_LEVELS = 256  # of a cell: eight bits
 _OPSET = 13  # the first with a scale an output channel
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_CUTTING = {"Clip", "Relu"}
 _LARGEST = 127  # magnitude of an int8 weight
 _PERCENTILE = 99.999  # of activations lie in their range: outliers would cost all others precision
 _DEVIATIONS = 4  # how far from their mean the conductances of stuck cells are told apart
@@ -216,6 +217,10 @@ def _quantise(
         "CalibPercentile": _PERCENTILE,
         "CalibStridedMinMax": 1,  # of any method: one batch after another, not all in memory
     }
+    outputs = {value.name for value in model.graph.output}
+    excluded = [node.name for node in model.graph.node if node.op_type in _WEIGHTED and node.name not in nodes]
+    # The quantiser gives what such a node alone reads the range of what it cuts off, outputs of the model, too.
+    excluded += [node.name for node in model.graph.node if node.op_type in _CUTTING and node.input[0] in outputs]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "quantised.onnx"
         try:
@@ -226,7 +231,7 @@ def _quantise(
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=[n.name for n in model.graph.node if n.op_type in _WEIGHTED and n.name not in nodes],
+                nodes_to_exclude=excluded,
                 calibrate_method=CalibrationMethod.Percentile,
                 extra_options=options,
             )

@@ -24,6 +24,7 @@ __all__ = [
 Vector = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
+_MOST = 1e6  # root of more chips than anybody runs
 FIRST_STAGE = 20  # chips before the number of chips is decided
 
 
@@ -128,7 +129,7 @@ def chips_needed(first_stage: Vector, half_width: float) -> int:
     """
     n = len(first_stage)
     t = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    return max(n, math.ceil((t * _deviation(first_stage) / half_width) ** 2))
+    return max(n, math.ceil(min(t * _deviation(first_stage) / half_width, _MOST) ** 2))
 
 
 def two_stage_interval(values: Vector, first_stage: int) -> Interval:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rerampile.errors import ConfigError
 from rerampile.failed_cells import CATEGORIES, FailedCells
+from rerampile.runtime.fault_map import MOST_CHIPS
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.journal import Journal
 from rerampile.runtime.metrics import LOWER_IS_BETTER
@@ -319,8 +320,8 @@ def validate(
     Raises:
         RerampileError: What the user can mend.
     """
-    if runs < 1:
-        raise ConfigError(f"--runs {runs}: expected 1 or more")
+    if not 1 <= runs <= MOST_CHIPS:
+        raise ConfigError(f"--runs {runs}: expected 1 to {MOST_CHIPS:,}")
     if precision_points is not None and not precision_points > 0:
         raise ConfigError(f"--precision-points {precision_points:g}: expected more than 0")
     if precision_points is not None and experiment.fault_map is not None:
@@ -376,6 +377,11 @@ def _validate(
                 chips_needed(np.array([r.values[primary] for r in first if r.rate == rate]), precision_points)
                 for rate in rates
             ]
+            if max(needed) > MOST_CHIPS:
+                raise ConfigError(
+                    f"--precision-points {precision_points:g}: needs more than {MOST_CHIPS:,} chips, by how the first "
+                    f"{FIRST_STAGE} differ; ask for less precision"
+                )
             results = [r for rate in rates for r in measure(range(needed[rate]), [rate])]
     reports = [_rate_report(bench, [r for r in results if r.rate == rate], rate, precision_points) for rate in rates]
     plan = bench.deployment.plan
@@ -418,7 +424,7 @@ def _rate_report(bench: Bench, results: Sequence[ChipResult], rate: int, precisi
     experiment = bench.experiment
     model = None if bench.is_measured else experiment.faults[rate]
     return RateReport(
-        rate=None if model is None else round(model.rate, 15),
+        rate=None if model is None else model.asked,
         distribution="measured" if model is None else model.distribution,
         rate_unit="cell" if model is None else model.rate_unit,
         images=experiment.images_per_run or len(bench.images),

@@ -20,6 +20,7 @@ __all__ = [
     "AskedFault",
     "AskedFaults",
     "calibration_options",
+    "chip_fault_options",
     "data_options",
     "defect_options",
     "effort_options",
@@ -111,15 +112,7 @@ _KIND_OPTIONS = (
     click.option("--stuck-on", type=float, metavar="P", help="Fraction stuck on, instead of a failure rate."),
 )
 
-_FAULT_OPTIONS = (
-    click.option(
-        "--failure-rate",
-        "rates",
-        metavar="F,...",
-        callback=numbers(","),
-        help="Fractions of cells that are stuck.  [default: 0.001,0.005,0.01]",
-    ),
-    *_KIND_OPTIONS,
+_PLACE_OPTIONS = (
     click.option(
         "--rate-unit",
         type=click.Choice(["cell", "weight"]),
@@ -136,6 +129,18 @@ _FAULT_OPTIONS = (
     ),
 )
 
+_FAULT_OPTIONS = (
+    click.option(
+        "--failure-rate",
+        "rates",
+        metavar="F,...",
+        callback=numbers(","),
+        help="Fractions of cells that are stuck.  [default: 0.001,0.005,0.01]",
+    ),
+    *_KIND_OPTIONS,
+    *_PLACE_OPTIONS,
+)
+
 
 def _fault_models(
     rates: Sequence[float] | None,
@@ -149,6 +154,8 @@ def _fault_models(
     given = stuck_off is not None or stuck_on is not None
     if given and rates is not None:
         raise click.UsageError("--failure-rate and --stuck-off or --stuck-on: expected one of the two ways")
+    if given and off_on is not None:
+        raise click.UsageError("--off-on and --stuck-off or --stuck-on: it splits a --failure-rate; leave it out")
     if off_on is not None and len(off_on) != 2:
         raise click.UsageError("--off-on: expected two numbers, as in 1:5.2")
     if rates is not None and len(set(rates)) < len(rates):
@@ -192,6 +199,23 @@ def _fault_rate(rate: float | None, **split: Any) -> AskedFault | None:
 fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rate)
 """Gives a command ``faults``: the :data:`AskedFault` of one rate of independent cells, or None for the default."""
 
+chip_fault_options = family(
+    (
+        click.option(
+            "--failure-rate",
+            "rate",
+            metavar="F",
+            type=float,
+            help=f"Fraction of cells that is stuck.  [default: {_DEFAULT_RATES[0]}]",
+        ),
+        *_KIND_OPTIONS,
+        *_PLACE_OPTIONS,
+    ),
+    "faults",
+    _fault_rate,
+)
+"""The same for a command that draws chips: with where faults lie, and never None."""
+
 defect_options = family(
     (
         click.option(
@@ -202,7 +226,7 @@ defect_options = family(
     "faults",
     _fault_rate,
 )
-"""The same for a command that trains with defects, or None for none."""
+"""The :data:`AskedFault` of a command that trains with defects, or None for none."""
 
 correction_options = family(
     (
@@ -255,6 +279,15 @@ def _data(*, data: str | None, images: int | None, skip_bad: bool, batch: int, *
     return {"data": data, "preprocessing": preprocessing, "images": images, "skip_bad": skip_bad, "batch": batch}
 
 
+def _optional_data(*, data: str | None, batch: int, **options: Any) -> dict[str, Any]:
+    """The same of a command that may do without data; then there is nothing that options could read."""
+    given = next((name for name, value in options.items() if value), None)
+    if data is None and given is not None:
+        name = "preprocess" if given == "preset" else given.replace("_", "-")
+        raise click.UsageError(f"--{name}: no effect without --calibration")
+    return _data(data=data, batch=batch, **options)
+
+
 data_options = family(
     (
         click.option(
@@ -279,7 +312,7 @@ def _calibration_options(required: bool) -> Callable[[Callable[..., Any]], Calla
         required=required,
         help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
     )
-    return family((option, *_IMAGE_OPTIONS), "data", _data)
+    return family((option, *_IMAGE_OPTIONS), "data", _data if required else _optional_data)
 
 
 calibration_options = _calibration_options(required=True)

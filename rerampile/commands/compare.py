@@ -114,7 +114,7 @@ def compare(
     elif len(sources) > 1:
         raise click.UsageError("--mappings: expected one model to compile")
     check_drop(drop)
-    place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"))
+    place = report_folder(out or Path(f"{sources[0].resolve().stem}.comparison"), "*.journal.jsonl")
     if mappings is not None:
         resolved = Target.load(target, settings)
         worst = max(faults(resolved), key=lambda model: model.rate)

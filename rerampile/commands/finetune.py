@@ -133,7 +133,7 @@ def finetune(
     names = {MODEL, f"{MODEL}.data", MASKS, _RECORD, _CHECKPOINT}
     place = own_folder(out or Path(f"{model.stem}.finetuned"), names | {f".{name}" for name in names})
     graph = ModelGraph(load_model_file(model))
-    images = open_calibration(model, data)
+    images = open_calibration(model, data, option="--data")
     read = {} if masks is None else read_masks(masks, find_layers(graph)[0])
     found = train(
         graph,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import tomllib
 from collections.abc import Callable, Collection
@@ -60,8 +61,12 @@ def refuse_given(ctx: click.Context, names: Collection[str], reason: str) -> Non
             raise click.UsageError(f"{parameter.opts[0]}: {reason}")
 
 
-def report_folder(out: Path) -> Path:
-    """Make a folder for a report, or take one with an earlier report in it.
+def report_folder(out: Path, journal: str = "journal.jsonl") -> Path:
+    """Make a folder for a report, or take one with an earlier report of the same command in it.
+
+    Args:
+        out: The folder.
+        journal: Pattern of the names of journals, which tell such a report.
 
     Raises:
         ConfigError: It cannot be made, or holds a deployment or somebody else's files under a report's names.
@@ -73,7 +78,7 @@ def report_folder(out: Path) -> Path:
     if "plan.json" in names:
         raise ConfigError(f"-o {out}: a deployment, expected a folder for the report; {remedy}")
     foreign = sorted(name for name in names if name.startswith("report."))
-    if foreign and not any(name.endswith("journal.jsonl") for name in names):
+    if foreign and not fnmatch.filter(names, journal):
         raise ConfigError(f"-o {out}: holds a '{foreign[0]}' of something else, which would be lost; {remedy}")
     return out
 
@@ -100,7 +105,9 @@ def own_folder(out: Path, names: Collection[str]) -> Path:
 def _names_in(out: Path, remedy: str) -> set[str]:
     """Make a folder where there is none, and return what is in it."""
     from rerampile.errors import ConfigError
+    from rerampile.files import refuse_inside_deployment
 
+    refuse_inside_deployment(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         return {entry.name for entry in out.iterdir()}

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from rerampile.commands.chip_options import AskedFaults, data_options, fault_options
-from rerampile.commands.options import PATH, examples, json_option, print_json
+from rerampile.commands.options import PATH, examples, json_option, own_folder, print_json
 
 __all__ = ["predict"]
 
@@ -51,16 +51,16 @@ def predict(
     import msgspec
 
     from rerampile.deployment import load_deployment
+    from rerampile.runtime.layer_chart import PREDICTION_FILES, write_prediction
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.predict import predict_experiment
 
     experiment = Experiment(folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data)
+    place = None if out is None else own_folder(out, PREDICTION_FILES)
     with _progress(quiet) as progress:
         found = predict_experiment(experiment, progress=progress)
-    if out is not None:
-        from rerampile.runtime.layer_chart import write_prediction
-
-        write_prediction(out, found)
+    if place is not None:
+        write_prediction(place, found)
     if as_json:
         print_json(msgspec.to_builtins(found))
         return

@@ -72,6 +72,7 @@ def program(
     """
     import msgspec
 
+    from rerampile.checks import check_checksums
     from rerampile.commands.show_program import show_bins, show_chip
     from rerampile.compiler import check_replaceable
     from rerampile.deployment import load_deployment
@@ -85,6 +86,7 @@ def program(
     ordered = check_steps(wanted if steps is None else steps.split(","), calibrated)
     deployment = load_deployment(folder)
     require_programmable(deployment)  # before a calibration, which takes minutes
+    check_checksums(deployment)
     deployment.require_outside(out)
     sources = chip_sources(fault_map, deployment, out)
     for _, place in sources:

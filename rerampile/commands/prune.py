@@ -158,25 +158,32 @@ def prune_file(
         )
 
 
-def open_calibration(model: Path, data: dict[str, Any], images: int = _IMAGES) -> Dataset:
+def open_calibration(
+    model: Path, data: dict[str, Any], images: int = _IMAGES, option: str = "--calibration"
+) -> Dataset:
     """Open what options name to learn from, for a model file.
 
     Args:
         model: The file.
         data: What the options gave.
         images: How many to make where data are generated and the options say nothing.
+        option: The one that names the data.
     """
+    from rerampile.errors import ConfigError
     from rerampile.runtime.data import open_dataset
     from rerampile.runtime.session import open_declared
 
-    return open_dataset(
-        data["data"],
-        open_declared(model),
-        data["preprocessing"],
-        default_split="train",
-        generate=data["images"] or images,
-        skip_bad=data["skip_bad"],
-    )
+    try:
+        return open_dataset(
+            data["data"],
+            open_declared(model),
+            data["preprocessing"],
+            default_split="train",
+            generate=data["images"] or images,
+            skip_bad=data["skip_bad"],
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--data:", f"{option}:", 1)) from error
 
 
 def _write(place: Path, pruned: PrunedModel, request: PruneRequest) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rerampile import Deployment
+from rerampile import Deployment, Target
 
 Compile = Callable[..., Deployment]
 Weight = Callable[..., np.ndarray]
@@ -46,6 +46,34 @@ def test_qlinear_conv_of_every_rank(rank: int, source: str, compile_text: Compil
     assert (layer.groups, layer.outputs, layer.inputs) == (1, 4, 3 * 2**rank)
     found: Any = deployment.plan.verification
     assert max(o.max_abs_error for o in found.outputs) <= 1  # one step where a half is rounded
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [{"levels": 3}, {"levels": 4}, {"levels": 8}, {"levels": 64}, {"levels": 100}, {"levels": 2, "slices": 3}],
+    ids=lambda cells: "x".join(map(str, cells.values())),
+)
+@pytest.mark.parametrize("scheme", ["differential", "offset"])
+def test_whole_weights_on_few_levels_stay_in_range(
+    scheme: str, cells: dict[str, int], compile_text: Compile, discrete_target: Callable[..., Target]
+) -> None:
+    """Rounded to multiples that the type of the weights still holds, by half a step at the most."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deployment = compile_text(
+        f"""{HEADER} g (float[N,16] x) => (float[N,16] y) <uint8 wz = {{128}}> {{
+            q, s, z = DynamicQuantizeLinear (x)
+            i = MatMulInteger (q, W, z, wz) f = Cast <to = 1> (i) y = Mul (f, s)
+        }}""",
+        {"W": values},
+        target=discrete_target(**cells),
+        mapping=scheme,
+    )
+    (layer,) = deployment.plan.layers
+    held, gain = deployment.weights(layer), deployment.gain(layer)
+    assert (held.min(), held.max()) >= (-128, 0)
+    assert held.max() <= 127
+    np.testing.assert_array_equal(gain, np.rint(gain))
+    assert (np.abs(held - (values.T.astype(np.float64) - 128)) <= gain[:, None] / 2).all()
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])

@@ -114,7 +114,10 @@ def test_layers_that_are_left_out_are_named(
         (["--data", "cifar11:x"], "--data: unknown adapter 'cifar11' (did you mean cifar10?)"),
         (["--data", "cifar10:nowhere"], "data_batch_1.bin: cannot be read"),
         (["--data", "imagefolder:empty"], "empty: no images"),
-        (["-o", "taken"], "taken: cannot be written"),
+        (["-o", "taken"], "taken: cannot be used as a folder: File exists; name another one with -o"),
+        (["-o", "theirs"], "theirs: holds 'notes.txt', expected a new or empty folder"),
+        (["-o", "{folder}/sub"], "/sub: lies in the deployment '"),
+        (["-o", "{folder}"], "holds 'conductances.safetensors', expected a new or empty folder"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
@@ -123,13 +126,19 @@ def test_what_a_user_can_mend_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("taken").write_text("a file")
-    error = call(deployment, *arguments, code=1).stderr
+    Path("theirs").mkdir()
+    Path("theirs/notes.txt").touch()
+    before = sorted(deployment.folder.iterdir())
+    error = call(deployment, *(word.format(folder=deployment.folder) for word in arguments), code=1).stderr
+    assert sorted(deployment.folder.iterdir()) == before
     assert message in error
     assert error.count("\n") == 1
 
 
 def test_wrong_usage(deployment: Deployment) -> None:
     assert "0 is not in the range" in call(deployment, "--images", "0", code=2).stderr
+    both = call(deployment, "--stuck-off", "0.1", "--off-on", "1:3", code=2).stderr
+    assert "--off-on and --stuck-off or --stuck-on: it splits a --failure-rate; leave it out" in both
     assert "expected a deployment folder" in CliRunner().invoke(main, ["predict", "nowhere"]).stderr
 
 

@@ -236,6 +236,106 @@ def test_what_is_refused(deployment: Deployment, tmp_path: Path) -> None:
     assert "two chips would go to" in done.output
 
 
+def test_a_damaged_deployment_is_not_programmed(deployment: Deployment, tmp_path: Path) -> None:
+    faults = map_file(deployment, tmp_path / "map.csv")
+    path = deployment.folder / "conductances.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for words in (
+        ["program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip"],
+        ["predict", deployment.folder],
+        ["faults", "draw", deployment.folder, "-o", tmp_path / "drawn.csv"],
+        ["faults", "show", deployment.folder, faults],
+    ):
+        done = run(*words)
+        assert (done.exit_code, done.output.count("\n")) == (1, 1)
+        assert "conductances.safetensors: sha256" in done.output
+    assert not {"chip", "drawn.csv"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_places_and_images_that_are_refused(deployment: Deployment, tmp_path: Path) -> None:
+    one, two = map_file(deployment, tmp_path / "one.csv"), map_file(deployment, tmp_path / "two.safetensors", chips=2)
+    call = ["program", deployment.folder, "-q", "--fault-map"]
+    assert run(*call, one, "-o", tmp_path / "chip").exit_code == 0
+    before = folder_bytes(tmp_path / "chip")
+    done = run(*call, two, "-o", tmp_path / "chip")
+    assert done.exit_code == 1
+    assert f"two-0: lies in the deployment '{tmp_path / 'chip'}', which holds its own files only" in done.output
+    assert folder_bytes(tmp_path / "chip") == before
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    done = run(*call, one, "-o", tmp_path / "loop")
+    assert done.exit_code == 1
+    assert "loop: a link that leads back to itself; name another place" in done.output
+    done = run(*call, one, "-o", tmp_path / "other", "--preprocess", "raw")
+    assert done.exit_code == 2
+    assert "--preprocess: no effect without --calibration" in done.output
+    done = run(*call, one, "-o", tmp_path / "other", "--calibration", "foo:x")
+    assert "--calibration: unknown adapter 'foo'" in done.output
+    inputs = open_declared(deployment.model_path).get_inputs()
+    np.savez(tmp_path / "nan.npz", **{i.name: np.full((2, *i.shape[1:]), np.nan, np.float32) for i in inputs})
+    done = run(*call, one, "-o", tmp_path / "other", "--calibration", f"npz:{tmp_path / 'nan.npz'}")
+    assert done.exit_code == 1
+    assert "no layer sees inputs that are finite, and small enough to be squared, on these 2 images" in done.output
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_are_too_large(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,3] y) { y = MatMul (x, W) }'
+    model = parse_model(text, W=np.full((4, 3), 1e30, np.float32))
+    deployment = compile_model(model, out=tmp_path / "out")
+    faults = map_file(deployment, tmp_path / "map.csv")
+    done = run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "-q")
+    assert done.exit_code == 1
+    assert "weights of layer 'W' are too large to be squared" in done.output
+
+
+@pytest.mark.parametrize("mapping", ["differential", "offset"])
+def test_what_stays_wrong_is_what_the_chip_reads(mapping: str, small_model_file: Path, tmp_path: Path) -> None:
+    """Behind changed gains, too."""
+    compiled = compile_model(small_model_file, out=tmp_path / "out", mapping=mapping)
+    source = ChipSource(
+        path=map_file(compiled, tmp_path / "map.csv", rate=0.2), number=0, faults=drawn(compiled, 0.2)[0]
+    )
+    chip = program_chip(compiled, source, tmp_path / "chip", steps=("compensate", "gain"))
+    assert chip.plan.chip is not None
+    assert any(not np.array_equal(chip.gain(layer), compiled.gain(layer)) for layer in chip.plan.layers)
+    read = {}
+    for found in Injector(chip).faults(source.faults):
+        read |= {(found.layer, int(i)): float(v) for i, v in zip(found.index, found.value, strict=True)}
+    assert len(chip.plan.chip.unrepaired) > 20
+    for weight in chip.plan.chip.unrepaired:
+        index = weight.output * chip.plan.layers[weight.layer].inputs + weight.input
+        assert weight.found == pytest.approx(read[weight.layer, index])
+
+
+def test_of_a_pair_that_is_cut_off_the_failed_cell_is_named(small_model_file: Path, tmp_path: Path) -> None:
+    target = Target.load("paper", {"failed_cells.response": "isolated_pair"})
+    compiled = compile_model(small_model_file, out=tmp_path / "out", target=target)
+    partition = compiled.plan.arrays[0].partitions[0]
+    column = partition.column + 1
+    (tmp_path / "map.csv").write_text(f"array,row,column,state\n0,{partition.row},{column},stuck_on\n")
+    (faults,) = read_fault_maps(tmp_path / "map.csv", compiled)
+    source = ChipSource(path=tmp_path / "map.csv", number=0, faults=faults)
+    chip = program_chip(compiled, source, tmp_path / "chip", steps=("compensate",)).plan.chip
+    assert chip is not None
+    (weight,) = chip.unrepaired
+    assert (weight.array, weight.row, weight.column) == (0, partition.row, column)
+
+
+def test_nothing_joins_directions_that_take_turns(parse_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    text = '(float[5,2,6] x) => (float[5,2,2,4] y) { y = LSTM <hidden_size=4,direction="bidirectional"> (x, W, R) }'
+    rng = np.random.default_rng(0)
+    weights = {"W": rng.standard_normal((2, 16, 6), np.float32), "R": rng.standard_normal((2, 16, 4), np.float32)}
+    model = parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {text}', **weights)
+    compiled = compile_model(model, out=tmp_path / "out")
+    source = ChipSource(path=map_file(compiled, tmp_path / "map.csv"), number=0, faults=drawn(compiled)[0])
+    assert any((~stuck.at_home).any() for stuck in Injector(compiled).stuck(source.faults))
+    chip = program_chip(compiled, source, tmp_path / "chip", steps=("compensate",)).plan.chip
+    assert chip is not None
+    assert [layer.beside for layer in chip.layers] == [0, 0]
+
+
 def test_verify_sees_another_map_and_other_flips(deployment: Deployment, tmp_path: Path) -> None:
     faults = map_file(deployment, tmp_path / "map.csv")
     run("program", deployment.folder, "--fault-map", faults, "-o", tmp_path / "chip", "-q")

@@ -198,6 +198,10 @@ def test_split_folders(tmp_path, images8):
         ("", r"labels\.txt: is empty"),
         ("a.png\n", "'a.png' has no label"),
         ("a.png 1\nmissing.png 2\n", "'missing.png' is not in"),
+        ("a.png -1\n", r"labels\.txt: label '-1', expected a class number from 0 for each image, or a name for each"),
+        ("a.png 1.0\n", r"label '1\.0', expected a class number from 0"),
+        ("a.png 99999999999999999999\n", "label '99999999999999999999', expected a class number"),
+        ("a.png 1\na.png 2\n", r"'a\.png' is there twice, with different labels"),
         ("n01 cat\n", r"a\.png: neither its folder nor the end of its name is a class of .*labels\.txt"),
     ],
 )
@@ -226,6 +230,13 @@ def test_bad_images_are_named_or_skipped(tmp_path, images8):
     assert sorted(dataset.skipped) == [1, 3]
     with pytest.raises(DataError, match="none of its 2 images can be read"):
         read(dataset, 2, np.array([1, 3]))
+
+
+def test_images_of_sixteen_bits_are_not_cut_off(tmp_path, images8):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "a" / "1.png")
+    with pytest.raises(DataError, match=r"a/1\.png: .*pixels of more than eight bits .* expected eight bits a channel"):
+        read(open_dataset(f"imagefolder:{tmp_path}", images8))
 
 
 def test_images_of_different_sizes_need_a_size(tmp_path, opened):
@@ -288,6 +299,9 @@ def test_coco(tmp_path, coco, images8):
         (("annotations", 0, "category_id"), 9, r"annotations\[0\]: category_id 9 is not one"),
         (("annotations", 0, "bbox"), [1, 2, 3], r"annotations\[0\]: bbox \[1, 2, 3\], expected four numbers"),
         (("annotations", 0, "bbox"), [1, 2, 3, "x"], "expected four numbers"),
+        (("annotations", 0, "bbox"), [1, 2, -3, 4], "expected a width and a height of 0 or more"),
+        (("annotations", 0, "area"), "x", r'annotations\[0\]: area "x", expected a number of 0 or more'),
+        (("annotations", 0, "iscrowd"), "x", r'iscrowd "x", expected 0 or 1'),
     ],
 )
 def test_coco_that_is_wrong(tmp_path, coco, images8, path, value, message):

@@ -64,13 +64,18 @@ def assert_same(one: list[FaultMap], other: list[FaultMap]) -> None:
 def test_what_is_written_is_read(ending: str, deployment: Deployment, chips: list[FaultMap], tmp_path: Path) -> None:
     """To the bit, and the file has the same bytes again."""
     path = tmp_path / f"chips{ending}"
+    if ending == ".csv":
+        with pytest.raises(
+            ConfigError, match=r"chips.csv: chip 3, the last, has no stuck cell, which a .csv file cann"
+        ):
+            write_fault_maps(path, chips, deployment)
+        chips = chips[:3]
     write_fault_maps(path, chips, deployment, notes={"seed": "1"})
 
     read = read_fault_maps(path, deployment)
 
     assert len(chips[0]) > 10
-    last = 4 if ending == ".safetensors" else 3  # CSV does not know of a chip without faults at the end
-    assert_same(read, chips[:last])
+    assert_same(read, chips)
     before = path.read_bytes()
     write_fault_maps(path, chips, deployment, notes={"seed": "1"})
     assert path.read_bytes() == before
@@ -171,11 +176,12 @@ def test_csv_as_people_write_it(text: str, cells: list[list[int]], deployment: D
             "array,row,column,state\n0,0,0,stuck_on\n0,0,16,stuck_on\n",
             "fault 1 (counted from 0): column 16, expected 0 to 15",
         ),
+        ("array,row,column,state\n0,0,0\n", "line 2: 3 values, expected 4: array, row, column, state"),
+        ("array,row,column,state\n0,0,1,stuck_on\n0,1.5,0,stuck_on\n", "line 3: row '1.5', expected a whole number"),
+        ("array,row,column,state,conductance\n0,0,0,stuck_on,much\n", "conductance 'much', expected a number"),
         ("array,row,column,state\n-1,0,0,stuck_on\n", "array -1, expected 0 to "),
         ("chip,array,row,column,state\n1000000,0,0,0,stuck_on\n", "chip 1000000, expected 0 to 999999"),
-        ("array,row,column,state\n0,0,0.5,stuck_on\n", "could not convert string '0.5' to int64"),
-        ("array,row,column,state\n0,0,99999999999999999999,stuck_on\n", "could not convert string"),
-        ("array,row,column,state\n0,0,stuck_on\n", "columns"),
+        ("array,row,column,state\n0,0,99999999999999999999,stuck_on\n", "line 2: column '99999999999999999999', exp"),
         ("array,row,column,state,conductance\n0,0,0,stuck_on,nan\n", "conductance nan, expected siemens from 0 to 10"),
         ("array,row,column,state,conductance\n0,0,0,stuck_on,-1\n", "conductance -1, expected siemens"),
         ("array,row,column,state,conductance\n0,0,0,stuck_on,150\n", "conductance 150, expected siemens"),
@@ -273,7 +279,7 @@ def test_writing_is_all_or_nothing(
 
     monkeypatch.setattr(fault_map, "_write_csv", full)
     refused(
-        lambda: write_fault_maps(path, chips, deployment),
+        lambda: write_fault_maps(path, chips[:1], deployment),
         f"{path}: ",
         "cannot be written: No space left on device",
         ConfigError,

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from rerampile import DataError, Deployment, FaultRunError, Target, compile_model
 from rerampile.cli import main
 from rerampile.runtime.data import training_split
+from rerampile.runtime.executor import open_executor
 from rerampile.runtime.faults import FaultModel
 from rerampile.runtime.monte_carlo import Bench, Experiment
 from rerampile.runtime.quantised import require_dot_products
@@ -166,6 +167,28 @@ def test_few_images_are_calibrated_with_once_each(deployment: Deployment, cifar:
     assert bench.calibration is not None
     assert bench.calibration.images == 20
     assert [len(inputs["image"]) for inputs in bench.calibration.inputs] == [8, 8, 4]
+
+
+@pytest.mark.usefixtures("_exact_int8")
+@pytest.mark.parametrize("op", ["Relu", "Clip"])
+def test_an_output_that_is_cut_off_for_another_keeps_its_range(
+    op: str, parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """The quantiser would give it the range of what a Relu, its only reader, leaves."""
+    rng = np.random.default_rng(0)
+    weights = {"W": rng.standard_normal((12, 9), np.float32), "V": rng.standard_normal((9, 5), np.float32)}
+    cut = "Relu (t)" if op == "Relu" else "Clip (t, zero)"
+    net = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N,12] x) => (float[N,9] t, float[N,5] y) <float zero = {{0}}> {{
+        t = MatMul (x, W) r = {cut} y = MatMul (r, V)
+    }}"""
+    target = Target.load("paper", {"cell.levels": 64})
+    deployment = compile_model(parse_model(net, **weights), out=tmp_path / "out", target=target)
+    batches = [{"x": rng.standard_normal((8, 12), np.float32)} for _ in range(4)]
+    exact, rounded = open_executor(deployment), open_executor(deployment, precision="int8", calibration=batches)
+    for found, expected in zip(rounded.run(batches[0]), exact.run(batches[0]), strict=True):
+        assert expected.min() < -1
+        assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
 
 
 def test_training_images_beside_the_data(tmp_path: Path) -> None:

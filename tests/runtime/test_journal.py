@@ -51,6 +51,20 @@ def test_of_another_run(tmp_path: Path) -> None:
         Journal(filled(tmp_path / "j"), {**EXPERIMENT, "seed": 2})
 
 
+def test_somebody_elses_file_without_an_end_of_line(tmp_path: Path) -> None:
+    (tmp_path / "j").write_text("my notes")
+    with pytest.raises(DataError, match="not a journal of rerampile; name another file"):
+        Journal(tmp_path / "j", EXPERIMENT)
+    assert (tmp_path / "j").read_text() == "my notes"
+
+
+def test_a_first_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    path = filled(tmp_path / "j")
+    path.write_bytes(path.read_bytes()[:30])
+    with Journal(path, EXPERIMENT) as journal:
+        assert journal.done == {}
+
+
 def test_not_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "j"
     path.write_text('{"a": 1}\n')

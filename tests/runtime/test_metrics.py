@@ -81,6 +81,13 @@ def test_rows_that_fill_up_a_batch_do_not_count():
     assert len(metric.result().indices) == 2
 
 
+def test_outputs_need_one_row_an_image():
+    metric = Accuracy(0, "data", "logits")
+    message = "data: output 'logits' has 6 rows for 3 images, expected one row an image; the first axis of inputs"
+    with pytest.raises(DataError, match=message):
+        metric.update([np.eye(6, dtype=np.float32)], batch_of(3, LABELS))
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 def test_labels_out_of_range(label):
     with pytest.raises(DataError, match=rf"image 1: label {label}, expected 0 to 2 as the model has 3 classes"):

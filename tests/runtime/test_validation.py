@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from rerampile import ConfigError, DataError, Deployment, PlanFormatError, Target, compile_model
 from rerampile.cli import main
-from rerampile.runtime.data import Batch, DataSource
+from rerampile.runtime.data import Batch, DataSource, write_first_image
 from rerampile.runtime.fault_map import ChipGeometry, write_fault_maps
 from rerampile.runtime.faults import FaultModel, draw_faults
 from rerampile.runtime.monte_carlo import Bench, Experiment
@@ -287,6 +287,8 @@ def test_where_no_layer_is_ranked_the_report_says_why(
 
 
 def test_the_first_image_is_not_written_into_a_deployment(deployment: Deployment) -> None:
+    with pytest.raises(DataError, match=r"--first-image m.onnx: expected a name that ends in .png"):
+        write_first_image(None, Path("m.onnx"))  # type: ignore[arg-type]
     inside = deployment.folder / "first.png"
     with pytest.raises(ConfigError, match=r"first.png: lies in the deployment .*; name another place"):
         Bench(Experiment(folder=deployment.folder, first_image=inside, images=2))
@@ -336,6 +338,71 @@ def test_images_that_cannot_be_read_are_told_and_do_not_count(
     assert "images left out" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_more_chips_than_anybody_runs(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--runs 1000000000000: expected 1 to 1,000,000"):
+        validate(experiment, tmp_path / "j", runs=10**12)
+    faults = (FaultModel.of_rate(0.2),)
+    for points in (1e-9, 1e-300):
+        with pytest.raises(ConfigError, match=r"needs more than 1,000,000 chips, by how the first 20 differ; ask for"):
+            validate(replace(experiment, faults=faults), tmp_path / "k", precision_points=points)
+
+
+def test_an_entry_that_is_no_result(experiment: Experiment, tmp_path: Path) -> None:
+    validate(experiment, tmp_path / "j", runs=1)
+    text = (tmp_path / "j").read_text()
+    (tmp_path / "j").write_text(text.replace('"clean"', '"cleam"'))
+    with pytest.raises(DataError, match=r"an entry is no result of a chip: .*clean.*; remove the file to start anew"):
+        validate(experiment, tmp_path / "j", runs=1)
+
+
+@pytest.mark.parametrize(
+    ("op", "sign", "reason"),
+    [
+        ("Log", -1, "not finite on these inputs without faults"),
+        ("Sqrt", 1, "errors in its layers make outputs that are"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_counted_and_not_predicted(
+    op: str, sign: int, reason: str, parse_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    x, data = np.eye(16, dtype=np.float32), tmp_path / "data.npz"
+    np.savez(data, x=x, labels=np.arange(16) % 3)
+    np.savez(tmp_path / "x.npz", x=x)
+    weights = np.outer([1] + [1e-3] * 15, [sign, 1, 1]).astype(np.float32)
+    net = f"g (float[N,16] x) => (float[N,3] y) {{ m = MatMul (x, W) y = {op} (m) }}"
+    model = parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {net}', W=weights)
+    folder = compile_model(model, out=tmp_path / "net", inputs=tmp_path / "x.npz").folder
+    words = [str(folder), "-q", "--data", f"npz:{data}", "--failure-rate", "0.4"]
+    done = CliRunner().invoke(main, ["validate", *words, "--runs", "3", "-o", str(tmp_path / "report")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert reason in report["prediction"]
+    assert report["rates"][0]["non_finite"] > 0
+    done = CliRunner().invoke(main, ["predict", *words])
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert reason in done.output
+
+
+def test_a_report_is_not_written_over_another_kind_or_into_a_deployment(deployment: Deployment, tmp_path: Path) -> None:
+    short = ["--runs", "1", "--images", "4", "-q", "-o"]
+    compared = ["compare", str(deployment.folder), str(deployment.folder), *short]
+    place = tmp_path / "report"
+    assert CliRunner().invoke(main, ["validate", str(deployment.folder), *short, str(place)]).exit_code == 0
+    (tmp_path / "other.deployment").mkdir()
+    for path in deployment.folder.iterdir():
+        (tmp_path / "other.deployment" / path.name).write_bytes(path.read_bytes())
+    compared[2] = str(tmp_path / "other.deployment")
+    done = CliRunner().invoke(main, [*compared, str(place)])
+    assert done.exit_code == 1
+    assert "holds a 'report.html' of something else, which would be lost" in done.output
+    assert CliRunner().invoke(main, [*compared, str(tmp_path / "compared")]).exit_code == 0
+    done = CliRunner().invoke(main, ["validate", str(deployment.folder), *short, str(tmp_path / "compared")])
+    assert "holds a 'report.html' of something else" in done.output
+    done = CliRunner().invoke(main, ["validate", str(deployment.folder), *short, str(deployment.folder / "sub")])
+    assert "sub: lies in the deployment '" in done.output
+    assert not (deployment.folder / "sub").exists()
+
+
 def test_chips_of_other_versions_are_not_mixed(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,5 +438,11 @@ def test_adapters_of_other_packages(experiment: Experiment, tmp_path: Path, monk
     report = validate(replace(experiment, data="radar:7"), tmp_path / "j", runs=2)
     assert report.images == 7
     assert set(report.clean) == {"top1", "top5"}
+    for where, message in (("many", r"'radar:many': the adapter .*:_Radar failed: ValueError: invalid literal"),):
+        with pytest.raises(DataError, match=message):
+            validate(replace(experiment, data=f"radar:{where}"), tmp_path / "k", runs=2)
+    point = EntryPoint("radar", "builtins:repr", "rerampile.data")
+    with pytest.raises(DataError, match="the adapter builtins:repr gave a str, expected a data set"):
+        validate(replace(experiment, data="radar:7"), tmp_path / "k", runs=2)
     with pytest.raises(ConfigError, match=r"unknown adapter 'rader' .did you mean radar"):
         validate(replace(experiment, data="rader:7"), tmp_path / "k", runs=2)
