@@ -42,7 +42,7 @@ class ChipLayer(Record, kw_only=True, frozen=True):
         measure: What errors are weighed by: ``moments`` of the layer's inputs, or ``plain`` squares of weights.
         energy: That of the compiled weights.
         errors: Energy of the errors before, and after each of the plan's steps, as a share of ``energy``; what leaks
-            between groups included, as if inputs of different groups had nothing in common.
+            between groups included, as if inputs that leak had nothing in common.
         bias: Initializer of ``deployed.onnx`` whose values step ``bias`` has shifted; null where none.
         shift: What was added to it, for each output; empty where there is none.
     """

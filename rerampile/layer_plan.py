@@ -135,7 +135,7 @@ class CorrectionPlan(Record, kw_only=True, frozen=True):
         gain: What gains are multiplied by, mean over the outputs.
         bias: Whether the bias was changed, too.
         error: Expected with stuck cells.
-        error_uncorrected: The same without the correction.
+        error_uncorrected: The same without the correction; less where gains make errors of chips larger than means.
     """
 
     gain: float
