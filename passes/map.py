@@ -174,7 +174,7 @@ def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, large
     """Return a coding with its gains.
 
     Whole-numbered weights on cells of whole steps keep whole-numbered values: their own where the cells have enough
-    steps, else multiples of the smallest whole number that fits.
+    steps, else multiples of the least whole number of which none is off by more than half.
 
     Args:
         unit: The compilation, up to *prune*.
@@ -189,36 +189,53 @@ def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, large
     gain = coding.gain(scale)
     if layer.integer and coding.integer:
         across = (slice(None), *[None] * (scale.ndim - 1))
-        ends = np.maximum(-scale, smallest[across]), np.minimum(scale, largest[across])
-        gain = _whole_gain(coding, gain, np.stack(ends, axis=-1), _range(unit, layer))
+        ends = np.stack([np.maximum(-scale, smallest[across]), np.minimum(scale, largest[across])], axis=-1)
+        limits = _limits(unit, layer)
+        if unit.options.scale == "tensor":
+            limits = np.array([[limits[:, 0].max(), limits[:, 1].min()]])
+            least, most = ends.min(initial=0), ends.max(initial=0)
+            gain = np.full_like(scale, _whole_gains(coding, np.array([[least, most]], np.float32), limits)[0])
+        else:
+            each = np.repeat(limits, ends[..., 0].size // len(limits), axis=0)
+            gain = _whole_gains(coding, ends.reshape(-1, 2), each).reshape(scale.shape)
     return Candidate(coding=coding, gain=gain)
 
 
-def _whole_gain(coding: Coding, gain: Floats, ends: Floats, limits: tuple[float, float]) -> Floats:
-    """Return the least whole gains with which the ends of the weights come as near as levels allow, and stay in range.
+def _whole_gains(coding: Coding, ends: Floats, limits: Floats) -> Floats:
+    """Return the least whole gains with which no weight is off by more than half a level, nor beyond its type.
+
+    Where none keeps weights within their type, that is left out: the model cannot be verified then, which says so.
 
     Args:
         coding: The coding.
-        gain: Gains that are no whole numbers, of any shape.
-        ends: The smallest and the largest weight of each, [..., 2].
-        limits: What the type of the weights holds.
+        ends: The smallest and the largest weight behind each gain, [gains, 2].
+        limits: The least and the largest that its type holds, [gains, 2].
     """
-    most, ends = np.ceil(gain).reshape(-1), ends.reshape(-1, 2)
-    found = np.maximum(np.floor(gain), 1).reshape(-1)
-    while True:
-        held = coding.decode(coding.encode(ends, found), found)
-        wrong = (np.abs(held - ends) > coding.error_bound(found)[:, None]) | (held < limits[0]) | (held > limits[1])
-        again = wrong.any(axis=1) & (found < 2 * most)
-        if not again.any():
-            return np.where(wrong.any(axis=1), most, found).astype(np.float32).reshape(gain.shape)
-        found[again] += 1
+    most = np.abs(ends).max(axis=1)  # at this gain, the larger end is one step
+    near, found = np.zeros((2, len(ends)), np.float32)
+    waiting = np.flatnonzero(most)
+    for whole in range(1, int(most.max(initial=0)) + 1):
+        gain = np.full(len(waiting), whole, np.float32)
+        held = coding.decode(coding.encode(ends[waiting], gain), gain)
+        close = (np.abs(held - ends[waiting]) <= coding.error_bound(gain)[:, None]).all(axis=1)
+        inside = (held[:, 0] >= limits[waiting, 0]) & (held[:, 1] <= limits[waiting, 1])
+        near[waiting[close & (near[waiting] == 0)]] = whole
+        found[waiting[close & inside]] = whole
+        waiting = waiting[~(close & inside) & (whole < most[waiting])]
+    return np.maximum(np.where(found > 0, found, near), 1)
 
 
-def _range(unit: Unit, layer: Layer) -> tuple[float, float]:
-    """Return the least and the largest whole number that a weight can be, less its zero point."""
+def _limits(unit: Unit, layer: Layer) -> Floats:
+    """Return the least and the largest that a weight of each output can be, less its zero point, [outputs, 2]."""
     info = np.iinfo(helper.tensor_dtype_to_np_dtype(layer.element_type))
-    zero = np.zeros(1) if layer.zero_point is None else unit.graph.read(layer.zero_point).astype(np.float64)
-    return float(info.min - zero.min()), float(info.max - zero.max())
+    ends, rows = np.array([info.min, info.max], np.float32), layer.view.shape[0]
+    if layer.zero_point is None:
+        return np.broadcast_to(ends, (rows, 2))
+    zero = unit.graph.read(layer.zero_point).astype(np.float32)
+    if zero.size == 1:
+        return np.broadcast_to(ends - zero.reshape(()), (rows, 2))
+    zeros = layer.view.matrix(np.broadcast_to(zero.reshape(layer.zero_point_shape), layer.view.tensor_shape))
+    return np.stack([ends[0] - zeros.min(axis=1), ends[1] - zeros.max(axis=1)], axis=1)
 
 
 def _survey(unit: Unit, layer: Layer) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:

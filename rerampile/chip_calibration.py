@@ -12,6 +12,7 @@ import onnx
 from rerampile.deployment import Deployment
 from rerampile.digital_bias import own_tensors
 from rerampile.editable_model import BIAS, can_shift
+from rerampile.errors import DataError
 from rerampile.graph import ModelGraph
 from rerampile.onnx_file import load_model_file
 from rerampile.passes.find_layers import find_layers
@@ -66,6 +67,9 @@ def calibrate(
         data: Images; targets are not needed.
         images: How many of them to use at most.
         progress: Called with (images done, all images).
+
+    Raises:
+        DataError: No layer can be observed on these images.
     """
     plain = plain_model(deployment)
     for tensor in plain.proto.graph.initializer:
@@ -79,7 +83,9 @@ def calibrate(
     numbers = {name: number for number, name in enumerate(plain.weights)}
     layers = [layer for layer in find_layers(graph)[0] if layer.name in numbers]
     chosen = spread(len(data), min(images, len(data)))
-    found, _ = second_moments(graph, layers, data, chosen, progress=progress)
+    found, reasons = second_moments(graph, layers, data, chosen, progress=progress)
+    if not found:
+        raise DataError(f"{data.name}: nothing to learn for any layer: {'; '.join(sorted(set(reasons.values())))}")
     own = own_tensors(onnx.load_model(deployment.model_path, load_external_data=False))
     shared: dict[int, Floats] = {}  # by identity: layers that see the same share one result
     moments: dict[int, Floats] = {}

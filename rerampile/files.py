@@ -49,6 +49,8 @@ def require_regular(path: Path) -> None:
 def begins_with(path: Path, text: bytes) -> bool:
     """Whether a text stands in the first line or two of a file."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return text in file.read(200)
     except OSError:
@@ -61,12 +63,13 @@ def holds_plan(folder: Path) -> bool:
 
 
 def refuse_inside_deployment(out: Path) -> None:
-    """Refuse a place in a deployment folder.
+    """Refuse a place in a deployment folder: one with a plan and its cells.
 
     Raises:
         ConfigError: It is in one, or its links lead back to themselves.
     """
-    if around := next((parent for parent in resolved(out).parents if holds_plan(parent)), None):
+    whole = (folder for folder in resolved(out).parents if (folder / CONDUCTANCES).exists() and holds_plan(folder))
+    if around := next(whole, None):
         raise ConfigError(
             f"{out}: lies in the deployment '{around}', which holds its own files only; name another place with -o"
         )
@@ -79,9 +82,11 @@ def resolved(path: Path) -> Path:
         ConfigError: Its links lead back to themselves.
     """
     try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path}: a link that leads back to itself; name another place") from error
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{path}: a link that leads back to itself; name another place") from error
+    return path.resolve()
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ import numpy as np
 from rerampile.asked_constraint import inputs_of_pattern, on_target
 from rerampile.compiler import check_replaceable, compile_model
 from rerampile.deployment import Deployment
-from rerampile.errors import ConfigError
+from rerampile.errors import ConfigError, DataError
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import load_model_file
@@ -303,13 +304,16 @@ class _Steps:
         folder.with_suffix(".jsonl").unlink(missing_ok=True)
 
     def _forecast(self, ratios: Mapping[str, float]) -> float:
-        """Return roughly what chips do to the metric, from the closed forms alone."""
+        """Return roughly what chips do to the metric, from the closed forms alone; NaN where these say nothing."""
         key = json.dumps(sorted(ratios.items()))
         if key not in self._forecasts:
             folder = self._folder / "forecast.deployment"
             shutil.rmtree(folder, ignore_errors=True)
             self.compile(ratios, folder)
-            self._forecasts[key] = forecast(replace(self._request.selection, folder=folder))
+            try:
+                self._forecasts[key] = forecast(replace(self._request.selection, folder=folder))
+            except DataError:  # outputs of the closed forms are not finite: chips have to tell
+                self._forecasts[key] = math.nan
             shutil.rmtree(folder)
         return self._forecasts[key]
 

@@ -186,8 +186,6 @@ def _fixed_rows(session: Any) -> int | None:
 # cifar10 ------------------------------------------------------------------------------------------
 
 _CIFAR_FOLDER = "cifar-10-batches-bin"
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
-
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # label, then red, green and blue planes
 _CIFAR_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 _CIFAR_SPLITS = {"train": _CIFAR_BATCHES, "test": ("test_batch",), **{name: (name,) for name in _CIFAR_BATCHES}}
@@ -330,6 +328,9 @@ def _labels_by_folder(folder: Path, images: list[Path]) -> tuple[list[Path], lis
 def _lists_images(listing: Path) -> bool:
     """Whether a file lists images with their labels, rather than classes; its first line may be a heading."""
     return any(_is_image(_entry(line)[0]) for line in _lines(listing)[:2])
+
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 
 
 def _labels_by_list(folder: Path, listing: Path) -> tuple[list[Path], list[int], int | None]:
@@ -639,7 +640,7 @@ def _open_added(point: EntryPoint, source: DataSource) -> Dataset:
         raise DataError(
             f"--data: '{source.spec}': the adapter {point.value} failed: {type(error).__name__}: {error}"
         ) from error
-    if not (hasattr(dataset, "batches") and hasattr(dataset, "digest")):
+    if not hasattr(dataset, "batches"):
         raise DataError(
             f"--data: '{source.spec}': the adapter {point.value} gave a {type(dataset).__name__}, expected a data set "
             f"(see docs/data.md)"

@@ -205,9 +205,10 @@ def write_fault_maps(
             in it.
     """
     writers = {".safetensors": _write_safetensors, ".csv": _write_csv}
-    if path.suffix not in writers:
+    ending = path.suffix.lower()
+    if ending not in writers:
         raise ConfigError(f"{path}: a fault map ends in {' or '.join(writers)}, got '{path.suffix}'")
-    if path.suffix == ".csv" and len(chips) > 1 and not len(chips[-1]):
+    if ending == ".csv" and len(chips) > 1 and not len(chips[-1]):
         raise ConfigError(
             f"{path}: chip {len(chips) - 1}, the last, has no stuck cell, which a .csv file cannot say; write a "
             f".safetensors file"
@@ -232,7 +233,7 @@ def write_fault_maps(
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writers[path.suffix](temporary, table, metadata)
+        writers[ending](temporary, table, metadata)
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -351,7 +352,7 @@ def _wrong_line(body: str, names: Sequence[str]) -> str | None:
             try:
                 {"state": str, "conductance": float}.get(name, np.int64)(value)
             except (ValueError, OverflowError):
-                wanted = "a number" if name == "conductance" else "a whole number"
+                wanted = "a number" if name == "conductance" else "a whole number of 64 bits"
                 return f"line {number}: {name} '{value.strip()}', expected {wanted}"
     return None
 

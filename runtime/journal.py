@@ -20,6 +20,7 @@ from rerampile.errors import DataError
 __all__ = ["Journal"]
 
 _FORMAT = "rerampile-journal"
+_START = b'{"experiment":'  # of every journal
 
 
 class Journal:
@@ -65,7 +66,7 @@ class Journal:
         """Take over the results of an earlier start; return up to which byte the file is whole."""
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if not whole and not _line(header).startswith(data):
+        if not (data.startswith(_START) or _START.startswith(data)):
             raise DataError(f"{self.path}: not a journal of rerampile; name another file")
         for number, line in enumerate(whole.splitlines()):
             try:

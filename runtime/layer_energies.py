@@ -105,9 +105,13 @@ def layer_energies(
         given = {name: array for name, array in inputs.items() if name in needed}
         graph.collect(dict(zip(names, run(session, given), strict=True)), found)
     for number, energies in list(found.items()):
-        finite = np.isfinite(energies.products) and np.isfinite(energies.errors).all()
+        finite = np.isfinite([energies.products, energies.shifts, energies.crossed, *energies.errors]).all()
         if not (finite and energies.products > 0):
-            reasons[number] = f"its products are {'all zero' if finite else 'not all finite'} on these inputs"
+            reasons[number] = (
+                "its products are all zero on these inputs"
+                if finite
+                else "its products or their errors are not all finite on these inputs"
+            )
             del found[number]
     return found, reasons
 

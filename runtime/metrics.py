@@ -187,10 +187,10 @@ class Accuracy(_ImageScores):
             DataError: A label is not one of the output's classes, or the output has not one row an image.
         """
         labels, count = batch.targets, len(batch.indices)
-        found, given = np.asarray(outputs[self._output]), max(len(array) for array in batch.inputs.values())
-        if len(found) != given:
+        found = np.asarray(outputs[self._output])
+        if len(found) not in {count, *(array.shape[0] for array in batch.inputs.values() if array.ndim)}:
             raise DataError(
-                f"{self._where}: output '{self._name}' has {len(found)} rows for {given} images, expected one row an "
+                f"{self._where}: output '{self._name}' has {len(found)} rows for {count} images, expected one row an "
                 f"image; the first axis of inputs and outputs has to count images"
             )
         scores = found[:count].reshape(count, -1)

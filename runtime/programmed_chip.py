@@ -39,8 +39,8 @@ class CleanOf(msgspec.Struct, kw_only=True, frozen=True):
         if self.found:
             return f"of the compiled deployment '{self.compiled}'"
         return (
-            f"of the chip itself: the very deployment '{self.compiled}' that it was programmed from is not beside it, so "
-            f"that the drop is not known"
+            f"of the chip itself: the very deployment '{self.compiled}' that it was programmed from is not beside it, "
+            f"so that the drop is not known"
         )
 
 

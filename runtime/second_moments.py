@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.errors import ConfigError, DataError
+from rerampile.errors import ConfigError
 from rerampile.graph import ModelGraph
 from rerampile.layer import Layer
 from rerampile.onnx_file import ModelFile
@@ -93,8 +93,7 @@ def second_moments(
 
     Raises:
         ConfigError: ``batch`` is less than one.
-        DataError: There are no images, no layer sees finite numbers, or the checkpoint is damaged or belongs to another
-            calibration.
+        DataError: There are no images, or the checkpoint is damaged or belongs to another calibration.
         FaultRunError: ONNX Runtime refuses the model or the images.
     """
     uses, reasons = _observable(graph, layers)
@@ -111,11 +110,6 @@ def second_moments(
         sum_.finish()
         if sum_.finite:
             found[key] = _moments(sum_)
-    if sums and not found:
-        raise DataError(
-            f"{data.name}: no layer sees inputs that are finite, and small enough to be squared, on these "
-            f"{len(images)} images; give some that the model is made for"
-        )
     for name, key in uses.items():
         if key not in found:
             reasons[name] = "its inputs are not finite, or too large to be squared, on these images"

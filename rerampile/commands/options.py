@@ -96,7 +96,8 @@ def own_folder(out: Path, names: Collection[str]) -> Path:
     from rerampile.errors import ConfigError
 
     remedy = "name another one with -o"
-    others = _names_in(out, remedy) - set(names)
+    present = _names_in(out, remedy)
+    others = present - set(names) - set(fnmatch.filter(present, ".*.tmp"))  # the latter a crash has left
     if others:
         raise ConfigError(f"-o {out}: holds '{min(others)}', expected a new or empty folder; {remedy}")
     return out

@@ -85,8 +85,8 @@ def program(
     wanted = STEPS if calibrated else UNCALIBRATED
     ordered = check_steps(wanted if steps is None else steps.split(","), calibrated)
     deployment = load_deployment(folder)
-    require_programmable(deployment)  # before a calibration, which takes minutes
     check_checksums(deployment)
+    require_programmable(deployment)  # before a calibration, which takes minutes
     deployment.require_outside(out)
     sources = chip_sources(fault_map, deployment, out)
     for _, place in sources:

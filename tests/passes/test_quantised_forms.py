@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rerampile import Deployment, Target
+from rerampile.deployment import layer_segments
 
 Compile = Callable[..., Deployment]
 Weight = Callable[..., np.ndarray]
@@ -53,27 +54,44 @@ def test_qlinear_conv_of_every_rank(rank: int, source: str, compile_text: Compil
     [{"levels": 3}, {"levels": 4}, {"levels": 8}, {"levels": 64}, {"levels": 100}, {"levels": 2, "slices": 3}],
     ids=lambda cells: "x".join(map(str, cells.values())),
 )
+@pytest.mark.parametrize(
+    ("scale", "zero"),
+    [
+        *(("tensor", [128]), ("channel", [128]), ("partition", [128])),
+        *(("channel", [0, 255, 128, 126]), ("partition", [0, 255, 128, 126])),
+    ],
+)
 @pytest.mark.parametrize("scheme", ["differential", "offset"])
-def test_whole_weights_on_few_levels_stay_in_range(
-    scheme: str, cells: dict[str, int], compile_text: Compile, discrete_target: Callable[..., Target]
+def test_whole_weights_on_few_levels(
+    scheme: str,
+    scale: str,
+    zero: list[int],
+    cells: dict[str, int],
+    compile_text: Compile,
+    discrete_target: Callable[..., Target],
 ) -> None:
-    """Rounded to multiples that the type of the weights still holds, by half a step at the most."""
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    """Rounded to multiples of the least whole number of which none is off by more than half, within their type."""
+    values = np.arange(64, dtype=np.uint8).reshape(16, 4) * 4 + np.arange(4, dtype=np.uint8)
     deployment = compile_text(
-        f"""{HEADER} g (float[N,16] x) => (float[N,16] y) <uint8 wz = {{128}}> {{
+        f"""{HEADER} g (float[N,16] x) => (float[N,4] y) {{
             q, s, z = DynamicQuantizeLinear (x)
             i = MatMulInteger (q, W, z, wz) f = Cast <to = 1> (i) y = Mul (f, s)
         }}""",
-        {"W": values},
-        target=discrete_target(**cells),
+        {"W": values, "wz": np.array(zero if len(zero) > 1 else zero[0], np.uint8)},
+        target=discrete_target(rows=8, **cells),
         mapping=scheme,
+        scale=scale,
     )
     (layer,) = deployment.plan.layers
-    held, gain = deployment.weights(layer), deployment.gain(layer)
-    assert (held.min(), held.max()) >= (-128, 0)
-    assert held.max() <= 127
+    zeros = np.broadcast_to(zero, 4)[:, None]
+    wanted, held = values.T - zeros, deployment.weights(layer)
+    gain = layer_segments(layer).spread(deployment.gain(layer))
     np.testing.assert_array_equal(gain, np.rint(gain))
-    assert (np.abs(held - (values.T.astype(np.float64) - 128)) <= gain[:, None] / 2).all()
+    assert ((held >= -zeros) & (held <= 255 - zeros)).all()
+    assert (np.abs(held - wanted) <= gain / 2).all()
+    assert (np.abs(held).max(axis=1) > 0.3 * np.abs(wanted).max(axis=1)).all()
+    assert (gain <= np.abs(wanted).max(axis=1, keepdims=True)).all()
+    assert scale != "tensor" or len(np.unique(gain)) == 1
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])

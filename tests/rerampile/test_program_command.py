@@ -276,7 +276,7 @@ def test_places_and_images_that_are_refused(deployment: Deployment, tmp_path: Pa
     np.savez(tmp_path / "nan.npz", **{i.name: np.full((2, *i.shape[1:]), np.nan, np.float32) for i in inputs})
     done = run(*call, one, "-o", tmp_path / "other", "--calibration", f"npz:{tmp_path / 'nan.npz'}")
     assert done.exit_code == 1
-    assert "no layer sees inputs that are finite, and small enough to be squared, on these 2 images" in done.output
+    assert "nothing to learn for any layer: its inputs are not finite, or too large to be squared" in done.output
     assert not (tmp_path / "other").exists()
 
 

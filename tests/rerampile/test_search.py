@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from jsonschema import Draft202012Validator
 
-from rerampile import load_deployment, searcher, verify_deployment
+from rerampile import DataError, load_deployment, searcher, verify_deployment
 from rerampile.cli import main
 from rerampile.runtime import monte_carlo
 from rerampile.runtime.forecast import with_noise
@@ -154,6 +154,20 @@ def test_every_step_is_clipped_and_corrected_where_asked(folder: Path, tmp_path:
     assert {layer.scale for layer in plan.layers} == {"partition"}
     assert all(layer.clip is not msgspec.UNSET and layer.correction is not msgspec.UNSET for layer in plan.layers)
     verify_deployment(place / "deployment")
+
+
+def test_steps_that_nothing_can_be_predicted_of_are_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(_: object) -> float:
+        raise DataError("outputs are not finite")
+
+    monkeypatch.setattr("rerampile.searcher.forecast", nothing)
+    done = run(folder, tmp_path / "out", "--predict", "--ratios", "0.9", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    steps = json.loads(done.stdout)["steps"]
+    assert steps
+    assert not any("predicted" in (step["reason"] or "") for step in steps)
 
 
 def test_steps_predicted_to_fail_are_not_run(folder: Path, tmp_path: Path) -> None:

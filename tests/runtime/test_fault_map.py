@@ -177,7 +177,10 @@ def test_csv_as_people_write_it(text: str, cells: list[list[int]], deployment: D
             "fault 1 (counted from 0): column 16, expected 0 to 15",
         ),
         ("array,row,column,state\n0,0,0\n", "line 2: 3 values, expected 4: array, row, column, state"),
-        ("array,row,column,state\n0,0,1,stuck_on\n0,1.5,0,stuck_on\n", "line 3: row '1.5', expected a whole number"),
+        (
+            "array,row,column,state\n0,0,1,stuck_on\n0,1.5,0,stuck_on\n",
+            "line 3: row '1.5', expected a whole numb",
+        ),
         ("array,row,column,state,conductance\n0,0,0,stuck_on,much\n", "conductance 'much', expected a number"),
         ("array,row,column,state\n-1,0,0,stuck_on\n", "array -1, expected 0 to "),
         ("chip,array,row,column,state\n1000000,0,0,0,stuck_on\n", "chip 1000000, expected 0 to 999999"),

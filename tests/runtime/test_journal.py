@@ -72,7 +72,7 @@ def test_not_a_journal(tmp_path: Path) -> None:
         Journal(path, EXPERIMENT)
     assert path.read_text() == '{"a": 1}\n'
     path.write_text("hello\n")
-    with pytest.raises(DataError, match="line 1 is no journal entry"):
+    with pytest.raises(DataError, match="not a journal of rerampile"):
         Journal(path, EXPERIMENT)
 
 

@@ -438,9 +438,8 @@ def test_adapters_of_other_packages(experiment: Experiment, tmp_path: Path, monk
     report = validate(replace(experiment, data="radar:7"), tmp_path / "j", runs=2)
     assert report.images == 7
     assert set(report.clean) == {"top1", "top5"}
-    for where, message in (("many", r"'radar:many': the adapter .*:_Radar failed: ValueError: invalid literal"),):
-        with pytest.raises(DataError, match=message):
-            validate(replace(experiment, data=f"radar:{where}"), tmp_path / "k", runs=2)
+    with pytest.raises(DataError, match=r"'radar:many': the adapter .*:_Radar failed: ValueError: invalid literal"):
+        validate(replace(experiment, data="radar:many"), tmp_path / "k", runs=2)
     point = EntryPoint("radar", "builtins:repr", "rerampile.data")
     with pytest.raises(DataError, match="the adapter builtins:repr gave a str, expected a data set"):
         validate(replace(experiment, data="radar:7"), tmp_path / "k", runs=2)
