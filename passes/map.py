@@ -193,22 +193,23 @@ def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, large
         limits = _limits(unit, layer)
         if unit.options.scale == "tensor":
             limits = np.array([[limits[:, 0].max(), limits[:, 1].min()]])
-            least, most = ends.min(initial=0), ends.max(initial=0)
-            gain = np.full_like(scale, _whole_gains(coding, np.array([[least, most]], np.float32), limits)[0])
+            widest = np.array([[ends.min(initial=0), ends.max(initial=0)]], np.float32)
+            gain = np.full_like(scale, _whole_gains(coding, np.ceil(gain[:1]), widest, limits)[0])
         else:
-            each = np.repeat(limits, ends[..., 0].size // len(limits), axis=0)
-            gain = _whole_gains(coding, ends.reshape(-1, 2), each).reshape(scale.shape)
+            limits = np.repeat(limits, gain.size // len(limits), axis=0)
+            gain = _whole_gains(coding, np.ceil(gain.reshape(-1)), ends.reshape(-1, 2), limits).reshape(gain.shape)
     return Candidate(coding=coding, gain=gain)
 
 
-def _whole_gains(coding: Coding, ends: Floats, limits: Floats) -> Floats:
+def _whole_gains(coding: Coding, ample: Floats, ends: Floats, limits: Floats) -> Floats:
     """Return the least whole gains with which no weight is off by more than half a level, nor beyond its type.
 
     Where none keeps weights within their type, that is left out: the model cannot be verified then, which says so.
 
     Args:
         coding: The coding.
-        ends: The smallest and the largest weight behind each gain, [gains, 2].
+        ample: Whole gains with which all weights fit, [gains].
+        ends: The smallest and the largest weight behind each, [gains, 2].
         limits: The least and the largest that its type holds, [gains, 2].
     """
     most = np.abs(ends).max(axis=1)  # at this gain, the larger end is one step
@@ -222,7 +223,7 @@ def _whole_gains(coding: Coding, ends: Floats, limits: Floats) -> Floats:
         near[waiting[close & (near[waiting] == 0)]] = whole
         found[waiting[close & inside]] = whole
         waiting = waiting[~(close & inside) & (whole < most[waiting])]
-    return np.maximum(np.where(found > 0, found, near), 1)
+    return np.where(found > 0, found, np.where(near > 0, near, ample))
 
 
 def _limits(unit: Unit, layer: Layer) -> Floats:
