@@ -528,8 +528,12 @@ def test_no_room_for_the_deployment(small_model_file: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [small_model_file]
 
 
+# Tests may run under nohup, which has this signal ignored by all that it starts.
+HEARS_HANGUPS = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+
 # Map stops there until a signal comes, whatever the machine's speed.
-STOPS_IN_MAP = """
+STOPS_IN_MAP = f"""
+{HEARS_HANGUPS}
 import sys, time
 from rerampile.__main__ import main
 from rerampile.passes.map import Map
@@ -568,6 +572,7 @@ def test_a_signal_while_libraries_are_imported(
 ) -> None:
     """There is nothing to clean up, and a library that is interrupted half-way may raise anything."""
     probe = f"""
+{HEARS_HANGUPS}
 import os, sys
 from rerampile.__main__ import main
 
@@ -605,8 +610,8 @@ def test_an_interrupted_compile_keeps_the_earlier_deployment(small_model_file: P
 
 
 def test_signals_that_are_ignored_stay_so(small_model_file: Path, tmp_path: Path) -> None:
-    probe = "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPS_IN_MAP.replace(
-        "time.sleep(60)", "os.kill(os.getpid(), signal.SIGHUP); raise ZeroDivisionError"
+    probe = STOPS_IN_MAP.replace("SIG_DFL", "SIG_IGN").replace(
+        "time.sleep(60)", "import os; os.kill(os.getpid(), signal.SIGHUP); raise ZeroDivisionError"
     )
     assert _python(probe, "compile", small_model_file, "-o", tmp_path / "out").returncode == 70
 
