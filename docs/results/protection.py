@@ -55,8 +55,8 @@ def page(report: ComparisonReport, plans: Sequence[Plan], dense: float, options:
     words = [*repeat(options), "--failure-rate", options.failure_rate, "--runs", str(options.runs)]
     few, first = options.images_per_run, report.validations[0]
     words += [] if few is None else ["--images-per-run", str(few)]
-    pruned = f"{float(options.ratios):.0%} of the rows pruned without training from {options.images} passages of the"
-    seen = f"All {first.images:,} passages" if few is None else f"{few} of {first.images:,} a chip, drawn anew for each"
+    pruned = f"{float(options.ratios):.0%} of the rows pruned without training from {options.images} examples of the"
+    seen = f"All {first.images:,} examples" if few is None else f"{few} of {first.images:,} a chip, drawn anew for each"
     lines = [
         f"# {options.title}",
         "",
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--failure-rate", default="0.003,0.01,0.03,0.1")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--images-per-run", type=int)
-    parser.add_argument("--batch", type=int, default=256, help="passages run at once; of no consequence")
+    parser.add_argument("--batch", type=int, default=256, help="examples run at once; of no consequence")
     options = parser.parse_args()
     reports, plans, dense = measure(options)
     report = compare(reports)
