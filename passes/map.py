@@ -188,16 +188,14 @@ def _candidate(unit: Unit, layer: Layer, coding: Coding, smallest: Floats, large
         return Candidate(coding=coding, gain=np.ones_like(scale))
     gain = coding.gain(scale)
     if layer.integer and coding.integer:
+        limits = _limits(unit, layer)
+        if unit.options.scale == "tensor":  # all outputs are alike
+            smallest, largest = np.full_like(smallest, smallest.min()), np.full_like(largest, largest.max())
+            limits = np.broadcast_to([limits[:, 0].max(), limits[:, 1].min()], limits.shape)
         across = (slice(None), *[None] * (scale.ndim - 1))
         ends = np.stack([np.maximum(-scale, smallest[across]), np.minimum(scale, largest[across])], axis=-1)
-        limits = _limits(unit, layer)
-        if unit.options.scale == "tensor":
-            limits = np.array([[limits[:, 0].max(), limits[:, 1].min()]])
-            widest = np.array([[ends.min(initial=0), ends.max(initial=0)]], np.float32)
-            gain = np.full_like(scale, _whole_gains(coding, np.ceil(gain[:1]), widest, limits)[0])
-        else:
-            limits = np.repeat(limits, gain.size // len(limits), axis=0)
-            gain = _whole_gains(coding, np.ceil(gain.reshape(-1)), ends.reshape(-1, 2), limits).reshape(gain.shape)
+        limits = np.repeat(limits, gain.size // len(limits), axis=0)
+        gain = _whole_gains(coding, np.ceil(gain.reshape(-1)), ends.reshape(-1, 2), limits).reshape(gain.shape)
     return Candidate(coding=coding, gain=gain)
 
 

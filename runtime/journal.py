@@ -98,7 +98,7 @@ class Journal:
         self.done[key] = _plain(result)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(_line(entry))
+        self._file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -109,10 +109,6 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

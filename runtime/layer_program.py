@@ -296,12 +296,12 @@ class LayerProgram:
         self.gain = np.where(better, self.gain.T, gain.T).T
         self.shift = np.where(better, self.shift, 0.0)
 
-    def _wrong(self) -> tuple[Integers, Floats, Floats]:
-        """Return the weights that faults hit and that stay wrong, how far off under the compiled gain, and as read."""
+    def _wrong(self) -> tuple[Integers, Floats]:
+        """Return which of the weights that faults hit stay wrong, and how far they are off under the compiled gain."""
         faults = self._faults(self._compiled_gain)
         error = faults.value - self._wanted.reshape(-1)[faults.index]
-        wrong = np.abs(error) > _WRONG * self._segments.at(self._full_scale, faults.index)
-        return faults.index[wrong], error[wrong], self.faults.value[wrong]
+        wrong = np.flatnonzero(np.abs(error) > _WRONG * self._segments.at(self._full_scale, faults.index))
+        return wrong, error[wrong]
 
     def record(self, bias: str = "", scale: float = 1.0) -> ChipLayer:
         """Return what the plan says of the layer.
@@ -328,7 +328,8 @@ class LayerProgram:
 
     def unrepaired(self) -> list[Unrepaired]:
         """Return the worst of the weights that stay wrong, the worst first."""
-        index, error, found = self._wrong()
+        (wrong, error), faults = self._wrong(), self.faults
+        index, found = faults.index[wrong], faults.value[wrong]
         row, input_ = np.divmod(index, self.plan.inputs)
         share = np.square(error.astype(np.float64))
         if self._moments is not None:

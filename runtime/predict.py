@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rerampile.checks import check_checksums
 from rerampile.deployment import Deployment, load_deployment
 from rerampile.errors import ConfigError, DataError, RerampileError
 from rerampile.runtime.copy_places import refuse_weight_rates
@@ -204,7 +203,6 @@ def predict_experiment(
     """
     check_predictable(experiment.faults)
     deployment = load_deployment(experiment.folder)
-    check_checksums(deployment)
     images = experiment.images or _IMAGES
     data = open_dataset(
         experiment.data,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rerampile.target import Target
 
 __all__ = [
+    "IMAGE_OPTIONS",
     "AskedFault",
     "AskedFaults",
     "calibration_options",
@@ -178,14 +179,9 @@ def _fault_models(
 fault_options = family(_FAULT_OPTIONS, "faults", _fault_models)
 """Gives a command ``faults``: the :data:`AskedFaults`, a fault model for each failure rate."""
 
-_RATE_OPTION = click.option(
-    "--failure-rate",
-    "rate",
-    metavar="F",
-    type=float,
-    help="Fraction of cells that is stuck, for mappings optimal and auto, --clip, --correct and --spend-spare-arrays.  "
-    f"[default: {_DEFAULT_RATES[0]}]",
-)
+
+def _rate_option(help_text: str) -> Callable[[Any], Any]:
+    return click.option("--failure-rate", "rate", metavar="F", type=float, help=help_text)
 
 
 def _fault_rate(rate: float | None, **split: Any) -> AskedFault | None:
@@ -196,33 +192,25 @@ def _fault_rate(rate: float | None, **split: Any) -> AskedFault | None:
     return lambda target: models(target)[0]
 
 
-fault_rate_options = family((_RATE_OPTION, *_KIND_OPTIONS), "faults", _fault_rate)
+_FOR_ONE_RATE = "for mappings optimal and auto, --clip, --correct and --spend-spare-arrays"
+_BY_DEFAULT = f"[default: {_DEFAULT_RATES[0]}]"
+
+fault_rate_options = family(
+    (_rate_option(f"Fraction of cells that is stuck, {_FOR_ONE_RATE}.  {_BY_DEFAULT}"), *_KIND_OPTIONS),
+    "faults",
+    _fault_rate,
+)
 """Gives a command ``faults``: the :data:`AskedFault` of one rate of independent cells, or None for the default."""
 
 chip_fault_options = family(
-    (
-        click.option(
-            "--failure-rate",
-            "rate",
-            metavar="F",
-            type=float,
-            help=f"Fraction of cells that is stuck.  [default: {_DEFAULT_RATES[0]}]",
-        ),
-        *_KIND_OPTIONS,
-        *_PLACE_OPTIONS,
-    ),
+    (_rate_option(f"Fraction of cells that is stuck.  {_BY_DEFAULT}"), *_KIND_OPTIONS, *_PLACE_OPTIONS),
     "faults",
     _fault_rate,
 )
 """The same for a command that draws chips: with where faults lie, and never None."""
 
 defect_options = family(
-    (
-        click.option(
-            "--failure-rate", "rate", metavar="F", type=float, help="Fraction of cells that is stuck, others each step."
-        ),
-        *_KIND_OPTIONS,
-    ),
+    (_rate_option("Fraction of cells that is stuck, others each step."), *_KIND_OPTIONS),
     "faults",
     _fault_rate,
 )
@@ -270,6 +258,9 @@ _IMAGE_OPTIONS = (
     click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images run at once."),
 )
 
+IMAGE_OPTIONS = tuple(option.name for option in _parameters(_IMAGE_OPTIONS))
+"""Names of the parameters that say how data are read, which have no effect without any."""
+
 
 def _data(*, data: str | None, images: int | None, skip_bad: bool, batch: int, **pieces: str | None) -> dict[str, Any]:
     """Return fields of :class:`~rerampile.runtime.monte_carlo.Experiment`."""
@@ -277,15 +268,6 @@ def _data(*, data: str | None, images: int | None, skip_bad: bool, batch: int, *
 
     preprocessing = Preprocessing.parse(**pieces)
     return {"data": data, "preprocessing": preprocessing, "images": images, "skip_bad": skip_bad, "batch": batch}
-
-
-def _optional_data(*, data: str | None, batch: int, **options: Any) -> dict[str, Any]:
-    """The same of a command that may do without data; then there is nothing that options could read."""
-    given = next((name for name, value in options.items() if value), None)
-    if data is None and given is not None:
-        name = "preprocess" if given == "preset" else given.replace("_", "-")
-        raise click.UsageError(f"--{name}: no effect without --calibration")
-    return _data(data=data, batch=batch, **options)
 
 
 data_options = family(
@@ -312,7 +294,7 @@ def _calibration_options(required: bool) -> Callable[[Callable[..., Any]], Calla
         required=required,
         help=f"Images to learn from: {_ADAPTERS}; @train where it has splits.",
     )
-    return family((option, *_IMAGE_OPTIONS), "data", _data if required else _optional_data)
+    return family((option, *_IMAGE_OPTIONS), "data", _data)
 
 
 calibration_options = _calibration_options(required=True)

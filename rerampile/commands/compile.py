@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rerampile.commands.chip_options import (
+    IMAGE_OPTIONS,
     AskedFault,
     correction_options,
     fault_rate_options,
@@ -213,6 +214,8 @@ def compile_(
         raise click.UsageError("--correct: expected --calibration DATA, which shows the mean of each input")
     if prune_method is not None and not given:
         raise click.UsageError("--prune-method and --calibration: expected both or none of them")
+    if not given:
+        refuse_given(ctx, IMAGE_OPTIONS, "no effect without --calibration")
     if given and prune_method is None and not calibrated:
         raise click.UsageError(
             "--calibration: no effect without --prune-method, --clip, --correct or --spend-spare-arrays; leave it out"

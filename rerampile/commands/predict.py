@@ -50,12 +50,15 @@ def predict(
     """
     import msgspec
 
+    from rerampile.checks import check_checksums
     from rerampile.deployment import load_deployment
     from rerampile.runtime.layer_chart import PREDICTION_FILES, write_prediction
     from rerampile.runtime.monte_carlo import Experiment
     from rerampile.runtime.predict import predict_experiment
 
-    experiment = Experiment(folder=folder, faults=faults(load_deployment(folder).target), seed=seed, **data)
+    deployment = load_deployment(folder)
+    check_checksums(deployment)
+    experiment = Experiment(folder=folder, faults=faults(deployment.target), seed=seed, **data)
     place = None if out is None else own_folder(out, PREDICTION_FILES)
     with _progress(quiet) as progress:
         found = predict_experiment(experiment, progress=progress)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rerampile.commands.chip_options import optional_calibration_options
-from rerampile.commands.options import PATH, examples, json_option, print_json
+from rerampile.commands.chip_options import IMAGE_OPTIONS, optional_calibration_options
+from rerampile.commands.options import PATH, examples, json_option, print_json, refuse_given
 from rerampile.commands.prune import open_calibration
 from rerampile.interruption import cleaned_up
 
@@ -82,6 +82,8 @@ def program(
 
     requirements = [ChipRequirement.parse(text) for text in required]
     calibrated = data["data"] is not None
+    if not calibrated:
+        refuse_given(ctx, IMAGE_OPTIONS, "no effect without --calibration")
     wanted = STEPS if calibrated else UNCALIBRATED
     ordered = check_steps(wanted if steps is None else steps.split(","), calibrated)
     deployment = load_deployment(folder)

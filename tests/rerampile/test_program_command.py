@@ -270,6 +270,9 @@ def test_places_and_images_that_are_refused(deployment: Deployment, tmp_path: Pa
     done = run(*call, one, "-o", tmp_path / "other", "--preprocess", "raw")
     assert done.exit_code == 2
     assert "--preprocess: no effect without --calibration" in done.output
+    done = run(*call, one, "-o", tmp_path / "other", "--batch", 4)
+    assert done.exit_code == 2
+    assert "--batch: no effect without --calibration" in done.output
     done = run(*call, one, "-o", tmp_path / "other", "--calibration", "foo:x")
     assert "--calibration: unknown adapter 'foo'" in done.output
     inputs = open_declared(deployment.model_path).get_inputs()
