@@ -60,10 +60,13 @@ def known_cells(known: Known) -> list[str]:
     return [known_text(known), f"{low:.2g} …{'' if high is None else f' {high:.2g}'}"]
 
 
-def finish_rates(axes: Any, metric: str, size: int = 7) -> None:
-    """Label a picture of a metric over failure rate."""
+def finish_rates(axes: Any, metric: str, size: int = 7, *, below: bool = False) -> None:
+    """Label a picture of a metric over failure rate; below it where there are too many lines for names beside them."""
     axes.set_xscale("log")
     axes.set_xlabel("failure rate of a cell")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=size)
+    if below:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=size, handlelength=4)
+    else:
+        axes.legend(frameon=False, fontsize=size)

@@ -199,7 +199,7 @@ def picture(lines: list[Line]) -> Callable[[Any], None]:
             axes.plot(curve.rates, curve.drops.mean(axis=1), marker="o", ms=3, label=line.option.name, **style)
         axes.axhline(DROP, color="0.6", lw=0.8)
         axes.set_yscale("symlog", linthresh=1)
-        finish_rates(axes, "mean drop (points)", 6)
+        finish_rates(axes, "mean drop (points)", below=True)
 
     return draw
 
